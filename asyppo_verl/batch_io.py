@@ -1,0 +1,83 @@
+"""Every read and write of TransferQueue, verl's store of the batch; rows are paired by key, never by position."""
+
+import dataclasses
+
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from torch import Tensor
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+
+MODEL_FIELDS = ["input_ids", "position_ids", "loss_mask", "prompts", "responses", "response_mask"]
+"""What a value model needs to evaluate a row."""
+
+KEEP_ENTROPY = "asyppo_keep_entropy"
+"""Field with the tokens whose entropy earns the bonus, True = used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """Response positions of a batch, the rows in the order of their keys and joined to vectors of N positions."""
+
+    keys: list[str]
+    offsets: Tensor
+    """Row i is ``[offsets[i], offsets[i + 1])`` of every vector; shape (B + 1,)."""
+    fields: dict[str, Tensor]
+
+    def __getitem__(self, field: str) -> Tensor:
+        return self.fields[field]
+
+    def padded(self, field_N: Tensor) -> Tensor:
+        """A vector as a (B, T) tensor, zero behind the end of each row."""
+        return torch.nested.nested_tensor_from_jagged(field_N, self.offsets).to_padded_tensor(0)
+
+    def joined(self, field_BT: Tensor) -> Tensor:
+        """The inverse of :meth:`padded`."""
+        is_inside_BT = torch.arange(field_BT.shape[1]) < self.offsets.diff()[:, None]
+        return field_BT[is_inside_BT]
+
+
+def session_of(key: str) -> tuple[str, str]:
+    """(group id, session id) of a row key ``{group}_{session}_{output}``."""
+    group, session, _output = key.rsplit("_", 2)
+    return group, session
+
+
+def response_keys(batch: KVBatchMeta) -> list[str]:
+    """Keys of the rows that are not padding, in batch order."""
+    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+
+
+def padding_keys(batch: KVBatchMeta) -> list[str]:
+    """Keys of the padding rows, in batch order."""
+    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding", False)]
+
+
+def add_padding(batch: KVBatchMeta, rows: int, eos_token_id: int) -> KVBatchMeta:
+    """Append ``rows`` padding rows, made by verl."""
+    return upsample_batch_to_divisible_size(batch, len(batch) + rows, eos_token_id) if rows else batch
+
+
+def fetch(batch: KVBatchMeta, *fields: str) -> Responses:
+    """Read fields that are stored on response positions."""
+    keys = sorted(batch.keys)
+    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(fields))
+    return Responses(keys, data[fields[0]].offsets(), {field: data[field].values() for field in fields})
+
+
+def store(batch: KVBatchMeta, responses: Responses, **fields_N: Tensor) -> list[str]:
+    """Write vectors on response positions; returns the names of all fields that the rows now have."""
+    nested = {
+        field: torch.nested.nested_tensor_from_jagged(field_N, responses.offsets) for field, field_N in fields_N.items()
+    }
+    data = TensorDict(nested, batch_size=len(responses.keys))
+    return tq.kv_batch_put(keys=responses.keys, partition_id=batch.partition_id, fields=data).fields
+
+
+def select(batch: KVBatchMeta, keys: list[str], fields: list[str], **extra_info: object) -> KVBatchMeta:
+    """Some rows and fields of the batch, with batch-level settings for the worker that receives them."""
+    part = batch.select_keys(keys)
+    part.fields = fields
+    part.extra_info = {**(part.extra_info or {}), **extra_info}
+    return part

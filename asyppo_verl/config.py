@@ -1,0 +1,238 @@
+"""The knobs of AsyPPO, with the paper's defaults, and their checks against a verl configuration."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+ESTIMATOR = "asyppo"
+"""The name in ``algorithm.adv_estimator``."""
+
+SUPPORTED_VERL = ("0.9.0", "0.9.1")
+"""The verl releases that this package is tested with."""
+
+OVERRIDABLE = (
+    "model",
+    "optim",
+    "fsdp",
+    "use_dynamic_bsz",
+    "ppo_max_token_len_per_gpu",
+    "ppo_infer_max_token_len_per_gpu",
+    "forward_max_token_len_per_gpu",
+    "ppo_micro_batch_size_per_gpu",
+    "ppo_infer_micro_batch_size_per_gpu",
+    "forward_micro_batch_size_per_gpu",
+)
+"""Keys of verl's ``critic`` node that a single mini-critic may have to itself: how it is built and fed, not its loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AsyPPOConfig:
+    """The top-level ``asyppo`` node of a verl configuration; every key is optional.
+
+    Raises:
+        ValueError: if a value is out of range, naming key, value and cure.
+    """
+
+    num_critics: int = 2
+    """M, the number of mini-critics. 2 in the paper; with 1 the run is verl's PPO."""
+
+    adv_mask_fraction: float = 0.2
+    """k, the share of response tokens, those where the critics agree most, whose advantage is set to 0. 0.2 in the paper."""
+
+    entropy_filter_fraction: float = 0.2
+    """h, the share of response tokens, those where the critics disagree most, left out of the entropy bonus. 0.2 in the
+    paper. Idle while ``actor_rollout_ref.actor.entropy_coeff`` is 0."""
+
+    critic_lam: float = 1.0
+    """Lambda of the critics' target (``algorithm.lam`` is the actor's). 1 is the Monte-Carlo return, as in one reading of
+    the paper; below 1 the target is the lambda-return of the ensemble mean (our decision)."""
+
+    shard: str = "group"
+    """Which responses a critic trains on: "group" (the paper: every group is split evenly), "prompt" (whole groups), "none"
+    (all responses; an ablation)."""
+
+    head_seed: int = 1000
+    """Critic m draws its new value head with seed ``head_seed + m`` (our decision; the paper is silent)."""
+
+    critic_overrides: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Settings of single critics on top of verl's ``critic`` node: ``{1: {model: {path: ...}, optim: {lr: 1e-5}}}``."""
+
+    def __post_init__(self) -> None:
+        self._require_type("num_critics", int, "whole number")
+        self._require_type("head_seed", int, "whole number")
+        for key in ("adv_mask_fraction", "entropy_filter_fraction", "critic_lam"):
+            self._require_type(key, (int, float), "number")
+        if self.num_critics < 1:
+            raise ValueError(f"asyppo.num_critics={self.num_critics} must be at least 1; the paper uses 2")
+        for key in ("adv_mask_fraction", "entropy_filter_fraction"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(
+                    f"asyppo.{key}={getattr(self, key)} must lie in [0, 1); 0 switches it off, the paper uses 0.2"
+                )
+        if self.adv_mask_fraction + self.entropy_filter_fraction > 1:
+            raise ValueError(
+                f"asyppo.adv_mask_fraction={self.adv_mask_fraction} and asyppo.entropy_filter_fraction="
+                f"{self.entropy_filter_fraction} sum to more than 1, so they would overlap; lower one of them"
+            )
+        if not 0 <= self.critic_lam <= 1:
+            raise ValueError(f"asyppo.critic_lam={self.critic_lam} must lie in [0, 1]; 1 is the Monte-Carlo return")
+        if self.shard not in ("group", "prompt", "none"):
+            raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
+        self._check_overrides()
+
+    def _require_type(self, key: str, kind: type | tuple[type, ...], name: str) -> None:
+        value = getattr(self, key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"asyppo.{key}={value!r} must be a {name}, not {type(value).__name__}")
+
+    def _check_overrides(self) -> None:
+        if not isinstance(self.critic_overrides, Mapping):
+            raise ValueError(
+                f"asyppo.critic_overrides={self.critic_overrides!r} must map a critic's index to settings of verl's critic "
+                "node, for example {1: {optim: {lr: 1e-5}}}"
+            )
+        for index, overrides in self.critic_overrides.items():
+            if index not in range(self.num_critics):
+                raise ValueError(
+                    f"asyppo.critic_overrides names critic {index!r}, but with asyppo.num_critics={self.num_critics} the "
+                    f"critics are 0 to {self.num_critics - 1}"
+                )
+            if not isinstance(overrides, Mapping):
+                raise ValueError(
+                    f"asyppo.critic_overrides.{index}={overrides!r} must be a mapping such as {{optim: {{lr: 1e-5}}}}"
+                )
+            for key in overrides:
+                if key not in OVERRIDABLE:
+                    raise ValueError(
+                        f"asyppo.critic_overrides.{index}.{key} cannot be set for a single critic{_nearest(key, OVERRIDABLE)}; "
+                        f"a critic may have its own {', '.join(OVERRIDABLE)}"
+                    )
+
+    @classmethod
+    def from_node(cls, node: Mapping[str, Any] | None) -> "AsyPPOConfig":
+        """Build from the ``asyppo`` node as a plain mapping (None: all defaults).
+
+        Raises:
+            ValueError: on an unknown key, naming the nearest valid one, and on bad values.
+        """
+        node = dict(node or {})
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in node:
+            if key not in names:
+                raise ValueError(
+                    f"asyppo.{key}={node[key]!r} is not a setting of AsyPPO{_nearest(key, names)}; valid keys: {', '.join(names)}"
+                )
+        overrides = node.get("critic_overrides")
+        if isinstance(overrides, Mapping):
+            # A command line gives the indices as text.
+            node["critic_overrides"] = {int(k) if str(k).isdecimal() else k: v for k, v in overrides.items()}
+        elif overrides is None:
+            node.pop("critic_overrides", None)
+        return cls(**node)
+
+
+def _nearest(key: str, names: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(str(key), names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def shard_mini_batch_size(config: Any, asyppo: AsyPPOConfig) -> int:
+    """Responses in one optimizer step of one mini-critic, over all ranks.
+
+    A critic that trains on 1/M of the batch takes mini-batches of 1/M of ``critic.ppo_mini_batch_size * rollout.n``, so
+    that it makes as many optimizer steps as verl's critic does.
+    """
+    responses = config.critic.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    return responses if asyppo.shard == "none" else responses // asyppo.num_critics
+
+
+def check_against_verl(config: Any, asyppo: AsyPPOConfig) -> None:
+    """Refuse verl settings under which AsyPPO could not do what was asked; reads the configuration only.
+
+    Raises:
+        ValueError: naming key, value and cure.
+    """
+    if not config.trainer.use_v1:
+        raise ValueError(
+            "trainer.use_v1=False: AsyPPO needs verl's V1 trainer; remove the override or set trainer.use_v1=True"
+        )
+    if config.critic.enable is False:
+        raise ValueError(
+            "critic.enable=False: AsyPPO is PPO with critics; remove the override, or use adv_estimator=grpo"
+        )
+    if config.critic.strategy not in ("fsdp", "fsdp2"):
+        raise ValueError(f"critic.strategy={config.critic.strategy!r}: the mini-critics run on FSDP; set fsdp or fsdp2")
+    if (config.get("distillation") or {}).get("enabled", False):
+        raise ValueError(
+            "distillation.enabled=True cannot be combined with AsyPPO, whose actor loss replaces verl's; disable it"
+        )
+    if config.critic.model.get("lora_rank", 0) > 0 or config.critic.model.get("lora_adapter_path"):
+        raise ValueError(
+            f"critic.model.lora_rank={config.critic.model.get('lora_rank')}: verl freezes the value head of a LoRA critic, "
+            "which would then never learn; set critic.model.lora_rank=0"
+        )
+    _check_loss_mode(config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla"), asyppo)
+    _check_batch_sizes(config, asyppo)
+
+
+def _check_loss_mode(loss_mode: str, asyppo: AsyPPOConfig) -> None:
+    if loss_mode == "dro" and asyppo.adv_mask_fraction > 0:
+        raise ValueError(
+            "actor_rollout_ref.actor.policy_loss.loss_mode='dro' moves tokens whose advantage is 0, so the advantage mask "
+            "would not hold; choose another loss_mode or set asyppo.adv_mask_fraction=0"
+        )
+
+
+def _check_batch_sizes(config: Any, asyppo: AsyPPOConfig) -> None:
+    n, num_critics = config.actor_rollout_ref.rollout.n, asyppo.num_critics
+    if asyppo.shard == "group" and n < num_critics:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.n={n} is below asyppo.num_critics={num_critics}: every mini-critic needs a response "
+            "of every prompt; raise n or lower num_critics"
+        )
+    mini_batch, micro_batch = config.critic.ppo_mini_batch_size, config.critic.ppo_micro_batch_size_per_gpu
+    responses = mini_batch * n
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    sequence_parallel = config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
+    if ranks % sequence_parallel:
+        raise ValueError(
+            f"critic.fsdp.ulysses_sequence_parallel_size={sequence_parallel} does not divide the {ranks} GPUs of "
+            "trainer.nnodes * trainer.n_gpus_per_node"
+        )
+    data_parallel = ranks // sequence_parallel
+    shards = 1 if asyppo.shard == "none" else num_critics
+    unit = shards * data_parallel * (1 if config.critic.use_dynamic_bsz else (micro_batch or 1))
+    if responses % unit:
+        raise ValueError(
+            f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
+            f"{shards} shards x {data_parallel} data-parallel ranks"
+            + ("" if config.critic.use_dynamic_bsz else f" x critic.ppo_micro_batch_size_per_gpu={micro_batch}")
+            + f"; make the product of the first two a multiple of {unit}"
+        )
+    infer = config.critic.get("ppo_infer_micro_batch_size_per_gpu") or config.critic.get(
+        "forward_micro_batch_size_per_gpu"
+    )
+    if not config.critic.use_dynamic_bsz and infer and responses % (data_parallel * infer):
+        raise ValueError(
+            f"critic.forward_micro_batch_size_per_gpu={infer} does not divide the {responses} responses of a critic "
+            f"mini-batch on {data_parallel} data-parallel ranks; choose a divisor of {responses // data_parallel}"
+        )
+
+
+def notices(config: Any, asyppo: AsyPPOConfig) -> list[str]:
+    """What the user should be told once at start, though nothing is wrong."""
+    lines = []
+    if asyppo.entropy_filter_fraction > 0 and config.actor_rollout_ref.actor.entropy_coeff == 0:
+        lines.append(
+            f"asyppo.entropy_filter_fraction={asyppo.entropy_filter_fraction} is idle: "
+            "actor_rollout_ref.actor.entropy_coeff=0 gives no entropy bonus to filter"
+        )
+    loss_mode = config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla")
+    if asyppo.adv_mask_fraction > 0 and loss_mode in ("kl_cov", "clip_cov", "geo_mean"):
+        lines.append(
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode!r} looks at all tokens of a batch at once, so masked "
+            "advantages change what it does to other tokens"
+            + (" and may still move themselves" if loss_mode == "kl_cov" else "")
+        )
+    return lines

@@ -1,0 +1,151 @@
+"""What happens to an AsyPPO configuration in the driver, before Ray starts: checks, then the settings that verl needs."""
+
+import copy
+import importlib.metadata
+import logging
+import os
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, AsyPPOConfig, check_against_verl, notices
+
+logger = logging.getLogger(__name__)
+
+TRAINER_PREFIX = "asyppo_"
+"""verl's trainer mode "sync" becomes "asyppo_sync", a name that only a process with the plugin knows."""
+
+PLUGIN_MODULE = "asyppo_verl.plugin"
+
+
+def is_asyppo(config: DictConfig) -> bool:
+    """True if ``algorithm.adv_estimator`` is asyppo."""
+    return str(config.algorithm.adv_estimator) == ESTIMATOR
+
+
+def read_config(config: DictConfig) -> AsyPPOConfig:
+    """The ``asyppo`` node of a verl configuration, checked; defaults where it is silent."""
+    node = config.get("asyppo")
+    return AsyPPOConfig.from_node(None if node is None else OmegaConf.to_container(node, resolve=True))
+
+
+def critic_node(config: DictConfig, asyppo: AsyPPOConfig, index: int) -> DictConfig:
+    """verl's ``critic`` node with the overrides of mini-critic ``index`` merged in.
+
+    Raises:
+        ValueError: if an override names a key that verl's critic node does not have.
+    """
+    overrides = asyppo.critic_overrides.get(index)
+    if not overrides:
+        return config.critic
+    # Merged from the root, so that verl's interpolations still resolve.
+    merged = copy.deepcopy(config)
+    OmegaConf.set_struct(merged, True)
+    OmegaConf.set_struct(merged.critic.model.override_config, False)
+    try:
+        merged.merge_with({"critic": overrides})
+    except OmegaConfBaseException as error:
+        raise ValueError(f"asyppo.critic_overrides.{index}: {error}") from error
+    return merged.critic
+
+
+def check_verl_version() -> None:
+    """Raises ValueError unless the installed verl is one this package is tested with."""
+    version = importlib.metadata.version("verl")
+    if version not in SUPPORTED_VERL:
+        raise ValueError(
+            f"verl=={version} is not supported by asyppo_verl; install one of "
+            + ", ".join(f"verl=={supported}" for supported in SUPPORTED_VERL)
+        )
+
+
+def prepare(config: DictConfig) -> AsyPPOConfig:
+    """Check the configuration and point it at AsyPPO's trainer; changes ``config`` in place.
+
+    Raises:
+        ValueError: naming key, value and cure.
+    """
+    check_verl_version()
+    asyppo = read_config(config)
+    check_against_verl(config, asyppo)
+    _check_models(config, asyppo)
+    for notice in notices(config, asyppo):
+        logger.warning(notice)
+
+    with open_dict(config):
+        config.critic.enable = True
+        # A process without the plugin does not know this name, so it stops instead of training something else.
+        mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
+        config.trainer.v1.trainer_mode = TRAINER_PREFIX + mode
+        # verl swallows the errors of entry points, but not those of the modules named here.
+        runtime_env = config.ray_kwargs.ray_init.setdefault("runtime_env", {})
+        env_vars = runtime_env.setdefault("env_vars", {})
+        modules = env_vars.get("VERL_USE_EXTERNAL_MODULES", os.environ.get("VERL_USE_EXTERNAL_MODULES", ""))
+        names = [name for name in modules.split(",") if name]
+        if PLUGIN_MODULE not in names:
+            env_vars["VERL_USE_EXTERNAL_MODULES"] = ",".join([*names, PLUGIN_MODULE])
+    return asyppo
+
+
+def _check_models(config: DictConfig, asyppo: AsyPPOConfig) -> None:
+    actor = _load_config("actor_rollout_ref.model.path", config.actor_rollout_ref.model)
+    checked = set()
+    for index in range(asyppo.num_critics):
+        model = critic_node(config, asyppo, index).model
+        is_own = bool(asyppo.critic_overrides.get(index, {}).get("model", {}).get("path"))
+        key = f"asyppo.critic_overrides.{index}.model.path" if is_own else "critic.model.path"
+        if model.path in checked:
+            continue
+        checked.add(model.path)
+        critic = _load_config(key, model)
+        if hasattr(critic, "vision_config"):
+            raise ValueError(f"{key}={model.path} is a vision-language model; mini-critics read text only: name a text model")
+        _check_vocabulary(config, key, model, actor, critic)
+
+
+def _load_config(key: str, model: DictConfig) -> Any:
+    from transformers import AutoConfig
+    from verl.utils.fs import copy_to_local
+
+    try:
+        path = copy_to_local(model.path, use_shm=model.get("use_shm", False))
+        return AutoConfig.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={model.path} has no readable model configuration ({str(error).splitlines()[0]}); "
+            "name a folder or hub repository in Hugging Face format"
+        ) from error
+
+
+def _check_vocabulary(config: DictConfig, key: str, model: DictConfig, actor: Any, critic: Any) -> None:
+    """Token ids go from the actor to the critics as they are, so both must mean the same by them."""
+    actor_model = config.actor_rollout_ref.model
+    actor_path = actor_model.path
+    actor_vocabulary = _vocabulary(actor_model.get("tokenizer_path") or actor_path, actor_model)
+    critic_vocabulary = _vocabulary(model.path, model)
+    if critic_vocabulary is not None and actor_vocabulary is not None:
+        if actor_vocabulary != critic_vocabulary:
+            raise ValueError(
+                f"{key}={model.path} and actor_rollout_ref.model.path={actor_path} have tokenizers with different "
+                "vocabularies; take actor and critics from one model family"
+            )
+        if critic.vocab_size > max(actor_vocabulary.values()):
+            return  # Families pad their embeddings differently; every id has a row.
+    if actor.vocab_size != critic.vocab_size:
+        raise ValueError(
+            f"{key}={model.path} has vocab_size={critic.vocab_size}, actor_rollout_ref.model.path={actor_path} has "
+            f"{actor.vocab_size}; take actor and critics from one model family"
+        )
+
+
+def _vocabulary(path: str, model: DictConfig) -> dict[str, int] | None:
+    """Token to id of the tokenizer that lies beside the model, or None if there is none."""
+    from transformers import AutoTokenizer
+    from verl.utils.fs import copy_to_local
+
+    try:
+        local_path = copy_to_local(path, use_shm=model.get("use_shm", False))
+        return AutoTokenizer.from_pretrained(local_path, trust_remote_code=model.get("trust_remote_code", False)).get_vocab()
+    except (OSError, ValueError, KeyError):
+        return None
