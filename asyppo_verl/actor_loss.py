@@ -41,10 +41,10 @@ def _on_sequences(keep: Tensor, data: TensorDict) -> Tensor:
     """
     prompt_B, response_B = data["prompts"].offsets().diff(), data["responses"].offsets().diff()
     sequence_B = prompt_B + response_B
-    keep_N = keep.new_ones(int(sequence_B.sum()), dtype=torch.bool)
     first_B = sequence_B.cumsum(0) - response_B - 1
     before_B = response_B.cumsum(0) - response_B
     shift_K = (first_B - before_B).repeat_interleave(response_B)
     keep_K = keep.values().bool()
+    keep_N = torch.ones(int(sequence_B.sum()), dtype=torch.bool, device=keep_K.device)
     keep_N[torch.arange(len(keep_K), device=keep_K.device) + shift_K] = keep_K
     return keep_N

