@@ -18,6 +18,9 @@ TRAINER_PREFIX = "asyppo_"
 
 PLUGIN_MODULE = "asyppo_verl.plugin"
 
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+"""Beginnings of the names under which tokenizers are stored."""
+
 
 def is_asyppo(config: DictConfig) -> bool:
     """True if ``algorithm.adv_estimator`` is asyppo."""
@@ -47,6 +50,12 @@ def critic_node(config: DictConfig, asyppo: AsyPPOConfig, index: int) -> DictCon
         merged.merge_with({"critic": overrides})
     except OmegaConfBaseException as error:
         raise ValueError(f"asyppo.critic_overrides.{index}: {error}") from error
+    key = "ulysses_sequence_parallel_size"
+    if merged.critic.fsdp[key] != config.critic.fsdp[key]:
+        raise ValueError(
+            f"asyppo.critic_overrides.{index}.fsdp.{key}={merged.critic.fsdp[key]}: critic {index} gets its data together "
+            f"with the others, so all need critic.fsdp.{key}={config.critic.fsdp[key]}; remove the override"
+        )
     return merged.critic
 
 
@@ -78,13 +87,11 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
         # A process without the plugin does not know this name, so it stops instead of training something else.
         mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
         config.trainer.v1.trainer_mode = TRAINER_PREFIX + mode
-        # verl swallows the errors of entry points, but not those of the modules named here.
-        runtime_env = config.ray_kwargs.ray_init.setdefault("runtime_env", {})
-        env_vars = runtime_env.setdefault("env_vars", {})
-        modules = env_vars.get("VERL_USE_EXTERNAL_MODULES", os.environ.get("VERL_USE_EXTERNAL_MODULES", ""))
-        names = [name for name in modules.split(",") if name]
-        if PLUGIN_MODULE not in names:
-            env_vars["VERL_USE_EXTERNAL_MODULES"] = ",".join([*names, PLUGIN_MODULE])
+    # verl swallows the errors of entry points, but not those of the modules named here.
+    key = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
+    modules = OmegaConf.select(config, key) or os.environ.get("VERL_USE_EXTERNAL_MODULES", "")
+    names = [name for name in modules.split(",") if name and name != PLUGIN_MODULE]
+    OmegaConf.update(config, key, ",".join([*names, PLUGIN_MODULE]), force_add=True)
     return asyppo
 
 
@@ -144,8 +151,12 @@ def _vocabulary(path: str, model: DictConfig) -> dict[str, int] | None:
     from transformers import AutoTokenizer
     from verl.utils.fs import copy_to_local
 
-    try:
-        local_path = copy_to_local(path, use_shm=model.get("use_shm", False))
-        return AutoTokenizer.from_pretrained(local_path, trust_remote_code=model.get("trust_remote_code", False)).get_vocab()
-    except (OSError, ValueError, KeyError):
+    local_path = copy_to_local(path, use_shm=model.get("use_shm", False))
+    # transformers would make up an empty tokenizer for a folder without one.
+    if os.path.isdir(local_path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(local_path)):
         return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local_path, trust_remote_code=model.get("trust_remote_code", False))
+    except (OSError, ValueError):
+        return None
+    return tokenizer.get_vocab()

@@ -1,0 +1,63 @@
+"""Shared pieces: a toy task without training, and verl configurations composed as on the command line."""
+
+import os
+from pathlib import Path
+
+os.environ["VERL_PLATFORM"] = "cpu"
+# Every property test sees the same examples on every machine.
+os.environ.setdefault("PYTHONHASHSEED", "0")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy task with untrained models."""
+    from recipe.asyppo.make_toy import make
+
+    folder = tmp_path_factory.mktemp("toy") / "task"
+    make(folder, until=0.0, max_steps=1)
+    return folder
+
+
+@pytest.fixture
+def compose(toy: Path):
+    """Compose verl's configuration for AsyPPO on the toy task, with overrides."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    base = [
+        "algorithm.adv_estimator=asyppo",
+        f"actor_rollout_ref.model.path={toy}/actor",
+        "actor_rollout_ref.actor.strategy=fsdp2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.rollout.name=vllm",
+        "actor_rollout_ref.rollout.n=4",
+        "critic.strategy=fsdp2",
+        f"critic.model.path={toy}/critic",
+        "critic.model.use_remove_padding=False",
+        "critic.model.enable_gradient_checkpointing=False",
+        "+critic.model.override_config.attn_implementation=sdpa",
+        "+critic.fsdp.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}",
+        "data.train_batch_size=16",
+        "trainer.n_gpus_per_node=1",
+        "trainer.device=cpu",
+    ]
+
+    def composed(*overrides: str):
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            return hydra_compose("ppo_trainer", overrides=[*base, *overrides])
+
+    return composed

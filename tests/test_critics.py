@@ -1,0 +1,301 @@
+"""The mini-critic worker on real Ray ranks with FSDP2: seeds, isolation, checkpoints, batching (law 6)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from tensordict import TensorDict
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.utils.losses import value_loss
+
+from asyppo_verl.critics import CRITIC_ID, MiniCriticEnsembleWorker, check_checkpoint, critic_spec, value_field
+from asyppo_verl.preflight import critic_node, read_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+class ProbedWorker(MiniCriticEnsembleWorker):
+    """The worker with windows to look inside."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def weights(self) -> list[dict[str, torch.Tensor]]:
+        """Full parameters of every critic."""
+        return [
+            {
+                name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+                for name, value in critic.engine.module.state_dict().items()
+            }
+            for critic in self.critics
+        ]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def set_batching(self, **engine: object) -> None:
+        for critic in self.critics:
+            for key, value in engine.items():
+                setattr(critic.engine_config, key, value)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    # A short path: Ray's sockets live below it.
+    folder = tmp_path_factory.mktemp("r")
+    ray.init(address="local", num_cpus=32, num_gpus=8, include_dashboard=False, _temp_dir=f"/tmp/{folder.parent.name}-ray")
+    yield
+    ray.shutdown()
+
+
+def start(compose, ranks: int, *overrides: str) -> RayWorkerGroup:
+    config = compose(f"trainer.n_gpus_per_node={ranks}", "critic.optim.lr=1e-2", *overrides)
+    asyppo = read_config(config)
+    specs = [
+        critic_spec(critic_node(config, asyppo, index), asyppo.head_seed + index) for index in range(asyppo.num_critics)
+    ]
+    cls = type("ProbedEnsemble", (ProbedWorker,), {"specs": tuple(specs)})
+    group = RayWorkerGroup(
+        resource_pool=RayResourcePool([ranks], use_gpu=True, max_colocate_count=3),
+        ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(cls)),
+        device_name="cpu",
+    )
+    group.reset()
+    loss_config = omega_conf_to_dataclass(config.critic)
+    group.set_loss_fn(_Loss(loss_config))
+    return group
+
+
+class _Loss:
+    def __init__(self, config) -> None:
+        self.config = config
+
+    def __call__(self, model_output, data, dp_group=None):
+        return value_loss(self.config, model_output, data, dp_group)
+
+
+def batch(rows: int, seed: int = 0, num_critics: int = 2) -> TensorDict:
+    """Random rows of different lengths, some of them without response tokens (as padding rows are)."""
+    generator = torch.Generator().manual_seed(seed)
+    fields: dict[str, list[torch.Tensor]] = {}
+
+    def add(name: str, value: torch.Tensor) -> None:
+        fields.setdefault(name, []).append(value)
+
+    for row in range(rows):
+        prompt, response = (int(torch.randint(low, 8, (), generator=generator)) for low in (1, 2))
+        ids = torch.randint(0, 256, (prompt + response,), generator=generator)
+        is_response = torch.ones(response, dtype=torch.long) * (row % 5 != 4)
+        add("input_ids", ids)
+        add("position_ids", torch.arange(prompt + response))
+        add("prompts", ids[:prompt])
+        add("responses", ids[prompt:])
+        add("response_mask", is_response)
+        add("loss_mask", is_response)
+        add("returns", torch.rand(response, generator=generator))
+        for index in range(num_critics):
+            add(value_field(index), torch.rand(response, generator=generator) / 10)
+    data = TensorDict(
+        {name: torch.nested.as_nested_tensor(values, layout=torch.jagged) for name, values in fields.items()},
+        batch_size=rows,
+    )
+    tu.assign_non_tensor(data, temperature=1.0, compute_loss=False)
+    return data
+
+
+def train(group: RayWorkerGroup, index: int, data: TensorDict, mini_batch: int | None = None) -> dict:
+    call = data.copy()
+    size = mini_batch or len(data)
+    tu.assign_non_tensor(
+        call,
+        **{CRITIC_ID: index, "global_batch_size": size, "mini_batch_size": size, "epochs": 1, "seed": 1},
+        dataloader_kwargs={"shuffle": False},
+    )
+    return group.train_mini_batch(call).get()["metrics"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance: float) -> bool:
+    return all(torch.allclose(a[name], b[name], **tolerance) if tolerance else torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def pair(cluster, toy):
+    """Two ranks with two critics."""
+    yield from _started(toy, 2)
+
+
+@pytest.fixture(scope="module")
+def single(cluster, toy):
+    """One rank with two critics, the second one of the actor's size."""
+    yield from _started(toy, 1, f"+asyppo.critic_overrides.1.model.path={toy}/actor")
+
+
+def _started(toy: Path, ranks: int, *overrides: str):
+    from conftest import compose
+
+    group = start(compose.__wrapped__(toy), ranks, *overrides)
+    yield group
+    for worker in group.workers:
+        ray.kill(worker)
+
+
+def test_heads_differ_between_critics_and_agree_between_ranks_and_runs(pair):
+    first_rank, second_rank = pair.weights()
+    assert all(same(a, b) for a, b in zip(first_rank, second_rank, strict=True)), "the ranks disagree"
+    (head,) = [name for name in first_rank[0] if name.endswith("score.weight")]
+    assert not torch.equal(first_rank[0][head], first_rank[1][head]), "the critics have the same head"
+    bodies = [{name: value for name, value in w.items() if "score" not in name} for w in first_rank]
+    assert same(*bodies), "the critics do not start from the same checkpoint"
+    pair.reset()
+    assert all(same(a, b) for a, b in zip(first_rank, pair.weights()[0], strict=True)), "the seed does not fix the head"
+
+
+def test_every_critic_evaluates_every_response_whatever_the_ranks(pair, single):
+    pair.reset()
+    single.reset()
+    data = batch(20)
+    by_two, by_one = (group.infer_batch(data.copy()).get() for group in (pair, single))
+    lengths = data["responses"].offsets().diff()
+    for index in range(2):
+        assert torch.equal(by_two[value_field(index)].offsets().diff(), lengths)
+    torch.testing.assert_close(by_two[value_field(0)].values(), by_one[value_field(0)].values(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(by_two[value_field(0)].values(), by_two[value_field(1)].values(), atol=1e-3)
+
+
+def test_values_are_those_of_the_model(single, toy):
+    """Against plain transformers: position prompt + t - 1 is the value of response token t."""
+    from transformers import AutoModelForTokenClassification
+
+    single.reset()
+    data = batch(6)
+    weights = single.weights()[0][0]
+    model = AutoModelForTokenClassification.from_pretrained(toy / "critic", num_labels=1, dtype=torch.float32)
+    model.load_state_dict(weights)
+    expected = []
+    with torch.no_grad():
+        for ids, prompt, response in zip(*(data[f].unbind() for f in ("input_ids", "prompts", "responses")), strict=True):
+            values = model(ids[None]).logits[0, :, 0]
+            expected.append(values[len(prompt) - 1 : len(prompt) + len(response) - 1])
+    found = single.infer_batch(data).get()[value_field(0)]
+    torch.testing.assert_close(found.values(), torch.cat(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_training_a_critic_changes_only_that_critic(pair, index):
+    pair.reset()
+    before = pair.weights()[0]
+    metrics = train(pair, index, batch(20))
+    after = pair.weights()
+    assert not same(before[index], after[0][index]) and same(before[1 - index], after[0][1 - index])
+    assert all(same(a, b) for a, b in zip(*after, strict=True)), "the ranks drifted apart"
+    assert metrics["critic/vf_loss"] and metrics["grad_norm"][0] > 0
+
+
+def test_values_are_clipped_around_the_critics_own_old_values(single):
+    """With a huge old value for critic 1 only, clipping changes critic 1's loss and not critic 0's."""
+    losses = {}
+    for far_off in (None, 0, 1):
+        single.reset()
+        data = batch(20)
+        if far_off is not None:
+            data[value_field(far_off)] = data[value_field(far_off)] + 100
+        losses[far_off] = [train(single, index, data)["critic/vf_loss"][0] for index in range(2)]
+    assert losses[0][0] > 100 * losses[None][0] and losses[0][1] == losses[None][1]
+    assert losses[1][1] > 100 * losses[None][1] and losses[1][0] == losses[None][0]
+
+
+def test_law_6_the_gradient_does_not_depend_on_how_the_shard_is_cut(pair, single):
+    data = batch(20)
+    reached = {}
+    for name, engine in {
+        "one micro-batch": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 10},
+        "single rows": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1},
+        "dynamic": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 24},
+    }.items():
+        for group in (pair, single):
+            group.reset()
+            group.set_batching(**engine)
+            norms = train(group, 0, data, mini_batch=20)["grad_norm"]
+            reached[name, group.world_size] = (group.weights()[0][0], norms[0])
+    expected, norm = reached.pop(("one micro-batch", 1))
+    for case, (weights, found) in reached.items():
+        assert found == pytest.approx(norm, rel=1e-5), case
+        # Adam divides by the gradient's size, so a parameter whose gradient is nearly 0 shows rounding.
+        assert same(weights, expected, rtol=1e-3, atol=1e-4), case
+
+
+def test_law_6_rows_without_response_tokens_change_nothing(single):
+    data = batch(20)
+    real = [row for row in range(20) if row % 5 != 4]
+    gradients = []
+    for rows in (real, list(range(20))):
+        single.reset()
+        single.set_batching(use_dynamic_bsz=False, micro_batch_size_per_gpu=1)
+        part = tu.index_select_tensor_dict(data, torch.tensor(rows))
+        tu.assign_non_tensor(part, temperature=1.0, compute_loss=False)
+        gradients.append(train(single, 0, part)["grad_norm"][0])
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-6)
+
+
+def test_checkpoints_restore_weights_optimizer_and_schedule(pair, tmp_path):
+    pair.reset()
+    data = batch(20)
+    for index in range(2):
+        train(pair, index, data)
+    saved = pair.weights()[0]
+    pair.save_checkpoint(str(tmp_path), None, 1, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["critic_0", "critic_1"]
+    after_more = []
+    for _ in range(2):
+        for index in range(2):
+            train(pair, index, data)
+        after_more.append(pair.weights()[0])
+        pair.load_checkpoint(str(tmp_path))
+        assert all(same(a, b) for a, b in zip(saved, pair.weights()[0], strict=True))
+    # The same step after loading gives the same weights only if Adam's moments came back too.
+    assert all(same(a, b) for a, b in zip(*after_more, strict=True))
+
+
+def test_the_saved_configuration_names_the_class_that_was_saved(pair, tmp_path):
+    from transformers import AutoConfig
+
+    pair.save_checkpoint(str(tmp_path), None, 1, None)
+    config = AutoConfig.from_pretrained(tmp_path / "critic_0" / "huggingface")
+    assert config.architectures == ["Qwen3ForTokenClassification"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["critic_0"], r"missing \['critic_1'\]"),
+        (["critic_0", "critic_1", "critic_2"], r"unexpected \['critic_2'\]"),
+        ([], "missing"),
+    ],
+)
+def test_an_incomplete_or_foreign_checkpoint_is_refused_by_name(tmp_path, folders, message):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match=message) as caught:
+        check_checkpoint(str(tmp_path), 2)
+    assert str(tmp_path) in str(caught.value) and "num_critics=2" in str(caught.value)
+
+
+def test_the_critics_own_batching_keys_reach_the_engine(compose):
+    config = compose(
+        "critic.use_dynamic_bsz=False",
+        "critic.ppo_micro_batch_size_per_gpu=2",
+        "critic.forward_micro_batch_size_per_gpu=4",
+        "critic.ppo_max_token_len_per_gpu=111",
+        "critic.forward_max_token_len_per_gpu=222",
+        "critic.fsdp.param_offload=True",
+        "critic.optim.clip_grad=0.25",
+    )
+    worker = critic_spec(config.critic, head_seed=0).worker
+    engine = worker.engine_config
+    assert (engine.use_dynamic_bsz, engine.param_offload, worker.optimizer_config.clip_grad) == (False, True, 0.25)
+    assert (engine.micro_batch_size_per_gpu, engine.infer_micro_batch_size_per_gpu) == (2, 4)
+    assert (engine.max_token_len_per_gpu, engine.infer_max_token_len_per_gpu) == (111, 222)
+    node = compose("+critic.ppo_infer_max_token_len_per_gpu=333").critic
+    assert critic_spec(node, head_seed=0).worker.engine_config.infer_max_token_len_per_gpu == 333

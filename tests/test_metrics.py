@@ -1,0 +1,64 @@
+"""Diagnostics of the ensemble against numbers worked out by hand or by numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from asyppo_verl.metrics import correlation, ensemble_metrics, explained_variance, quantiles, selection_metrics
+
+
+def test_explained_variance_by_hand():
+    returns = torch.tensor([0.0, 1.0, 0.0, 1.0])  # variance 1/4
+    assert explained_variance(returns, returns) == 1
+    assert explained_variance(torch.full((4,), 0.3), returns) == pytest.approx(0, abs=1e-4)
+    # Residuals 0.5, -0.5, 0.5, -0.5 around returns of half the size: also variance 1/4.
+    assert explained_variance(torch.tensor([-0.5, 1.5, -0.5, 1.5]), returns) == pytest.approx(0, abs=1e-4)
+    assert explained_variance(1 - returns, returns) == pytest.approx(-3, abs=1e-3)
+
+
+def test_correlation_is_the_mean_over_pairs():
+    values = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
+    pairs = np.corrcoef(values.numpy())[np.triu_indices(4, 1)]
+    assert correlation(values) == pytest.approx(pairs.mean(), abs=1e-6)
+    assert correlation(torch.stack([values[0], -2 * values[0] + 1])) == pytest.approx(-1)
+    assert correlation(torch.stack([values[0], torch.ones(200)])) == 0
+
+
+def test_quantiles_are_scores_of_response_tokens():
+    score = torch.tensor([5.0, 100.0, 1.0, 4.0, 2.0, 3.0])
+    is_response = torch.tensor([True, False, True, True, True, True])
+    assert quantiles(score, is_response, (0.0, 0.2, 0.6, 1.0)) == [1.0, 1.0, 3.0, 5.0]
+
+
+def test_observation_and_padding_tokens_are_never_looked_at():
+    generator = torch.Generator().manual_seed(1)
+    values, returns = torch.randn(2, 60, generator=generator), torch.randn(60, generator=generator)
+    is_response = torch.rand(60, generator=generator) < 0.7
+    value, sigma = values.mean(0), values.std(0, correction=0)
+    expected = ensemble_metrics(values, value, sigma, returns, is_response)
+    for tensor in (values, value, sigma, returns):
+        tensor[..., ~is_response] = 1e6
+    assert ensemble_metrics(values, value, sigma, returns, is_response) == expected
+    assert {"asyppo/critic_0/explained_var", "asyppo/critic_1/explained_var", "asyppo/critic_correlation"} <= set(expected)
+
+
+def test_one_critic_has_no_correlation_and_an_empty_batch_no_metrics():
+    values = torch.randn(1, 8)
+    flags = torch.ones(8, dtype=torch.bool)
+    assert "asyppo/critic_correlation" not in ensemble_metrics(values, values[0], values[0] * 0, values[0], flags)
+    assert ensemble_metrics(values, values[0], values[0] * 0, values[0], ~flags) == {}
+
+
+def test_selection_metrics_by_hand():
+    metrics = selection_metrics(
+        torch.tensor([1.0, -3.0, 4.0, -8.0, 99.0]),
+        torch.tensor([True, True, False, False, True]),
+        torch.tensor([False, True, True, True, True]),
+        torch.tensor([True, True, True, True, False]),
+    )
+    assert metrics == {
+        "asyppo/adv_masked_fraction": 0.5,
+        "asyppo/entropy_filtered_fraction": 0.25,
+        "asyppo/adv_abs_kept": 2.0,
+        "asyppo/adv_abs_masked": 6.0,
+    }
