@@ -38,8 +38,8 @@ def find_problems() -> list[str]:
         from verl.trainer.ppo import utils as verl_utils
         from verl.trainer.ppo.v1 import get_trainer_cls
 
-        plugin = sys.modules.get("asyppo_verl.plugin")
-        if plugin is None or not plugin.is_active() or not hasattr(verl_utils.need_critic, "__wrapped__"):
+        hooks = sys.modules.get("asyppo_verl.hooks")
+        if hooks is None or not hooks.is_active() or not hasattr(verl_utils.need_critic, "__wrapped__"):
             problems.append("verl was imported without the plugin: use python -m recipe.asyppo.main_asyppo, or see above")
         else:
             get_trainer_cls("asyppo_sync")

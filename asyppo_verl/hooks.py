@@ -1,0 +1,71 @@
+"""Where AsyPPO enters verl: each hook waits until verl itself imports the module that it completes.
+
+Nothing heavy happens before that, since every process that imports verl loads this module. Runs with another estimator
+go through the functions and trainer classes of verl.
+"""
+
+from typing import Any
+
+import wrapt
+
+from asyppo_verl import preflight
+from asyppo_verl.config import ESTIMATOR
+from asyppo_verl.cpu import platform as cpu_platform
+
+_is_active = False
+
+
+def activate() -> None:
+    """Install the hooks, once."""
+    global _is_active
+    if _is_active:
+        return
+    _is_active = True
+    cpu_platform.activate()
+    for name, hook in (
+        ("verl.trainer.ppo.utils", lambda module: wrapt.wrap_function_wrapper(module, "need_critic", _need_critic)),
+        ("verl.utils.config", lambda module: wrapt.wrap_function_wrapper(module, "validate_config", _validate_config)),
+        ("verl.trainer.ppo.core_algos", lambda module: module.register_adv_est(ESTIMATOR)(_stop_wrong_trainer)),
+        ("verl.trainer.ppo.v1", _register_trainers),
+    ):
+        wrapt.register_post_import_hook(hook, name)
+    if cpu_platform.is_selected():
+        wrapt.register_post_import_hook(_honour_attention, "verl.utils.model")
+
+
+def is_active() -> bool:
+    """True once the hooks are installed in this process."""
+    return _is_active
+
+
+def _need_critic(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> bool:
+    (config,) = (*args, *kwargs.values())
+    return preflight.is_asyppo(config) or wrapped(config)
+
+
+def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+    config = kwargs["config"] if "config" in kwargs else args[0]
+    if preflight.is_asyppo(config):
+        preflight.prepare(config)
+    return wrapped(*args, **kwargs)
+
+
+def _register_trainers(v1: Any) -> None:
+    from asyppo_verl import trainer
+
+    for name, cls in trainer.TRAINERS.items():
+        v1.register_trainer(name)(cls)
+
+
+def _honour_attention(model: Any) -> None:
+    from asyppo_verl import value_model
+
+    value_model.install(model)
+
+
+def _stop_wrong_trainer(**_kwargs: Any) -> None:
+    raise RuntimeError(
+        "algorithm.adv_estimator=asyppo reached verl's own trainer, which cannot compute it: the asyppo plugin was not "
+        "active where the run was started. Run `python -m asyppo_verl.doctor` there, or start the run with "
+        "`python -m recipe.asyppo.main_asyppo`."
+    )

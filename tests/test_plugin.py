@@ -1,0 +1,116 @@
+"""The plugin from outside: what it changes, what it leaves alone, and that it cannot fail in silence."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def python(code_or_args, **environment: str) -> subprocess.CompletedProcess:
+    args = ["-c", code_or_args] if isinstance(code_or_args, str) else code_or_args
+    env = {**os.environ, "VERL_PLATFORM": "cpu", **environment}
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_importing_verl_loads_the_plugin_and_nothing_heavy():
+    modules = {}
+    for policy in ("none", "auto"):
+        run = python("import sys, verl; print('\\n'.join(sys.modules))", VERL_USE_EXTERNAL_PLUGINS=policy, VERL_PLATFORM="")
+        modules[policy] = set(run.stdout.split())
+    added = {name.split(".")[0] for name in modules["auto"] - modules["none"]}
+    assert "asyppo_verl.hooks" in modules["auto"] and "asyppo_verl.hooks" not in modules["none"]
+    assert added <= {"asyppo_verl", "wrapt", "omegaconf", "antlr4", "yaml", "psutil", "resource", "_psutil_linux", "difflib"}
+    assert not {"vllm", "asyppo_verl.trainer", "asyppo_verl.critics"} & modules["auto"]
+
+
+def test_other_estimators_get_verls_own_trainer_and_decisions():
+    run = python(
+        """
+import verl
+from omegaconf import OmegaConf
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.utils import need_critic
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, get_trainer_cls, register_trainer
+assert get_trainer_cls("sync") is PPOTrainerSync and PPOTrainerSync.__module__.startswith("verl.")
+assert get_trainer_cls("colocate_async") is PPOTrainerColocateAsync
+assert get_trainer_cls("separate_async") is PPOTrainerSeparateAsync
+for name, enable, wanted in (("gae", None, True), ("grpo", None, False), ("grpo", True, True), ("gae", False, False)):
+    config = OmegaConf.create({"algorithm": {"adv_estimator": name}, "critic": {"enable": enable}})
+    assert need_critic(config) is wanted
+assert core_algos.get_adv_estimator_fn("gae") is core_algos.compute_gae_advantage_return
+try:
+    register_trainer("sync")(PPOTrainerColocateAsync)
+except ValueError:
+    print("as ever")
+"""
+    )
+    assert run.stdout.strip().endswith("as ever"), run.stderr
+
+
+def test_asyppo_reaching_verls_own_trainer_stops_with_an_explanation():
+    run = python(
+        "from verl.trainer.ppo.core_algos import get_adv_estimator_fn\n"
+        "get_adv_estimator_fn('asyppo')(token_level_rewards=None, response_mask=None, config=None)"
+    )
+    assert run.returncode and "asyppo plugin was not active" in run.stderr and "asyppo_verl.doctor" in run.stderr
+
+
+@pytest.fixture
+def broken_wrapt(tmp_path):
+    """A folder that makes the plugin's imports fail."""
+    (tmp_path / "wrapt.py").write_text("raise ImportError('wrapt is broken here')\n")
+    return str(tmp_path)
+
+
+def test_a_plugin_that_cannot_load_stops_an_asyppo_run(broken_wrapt):
+    run = python(["-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=asyppo"], PYTHONPATH=broken_wrapt)
+    assert run.returncode and "plugin could not be loaded (ImportError: wrapt is broken here)" in run.stderr
+    assert "Started a local Ray instance" not in run.stdout + run.stderr
+
+
+def test_a_plugin_that_cannot_load_is_said_but_leaves_other_runs_alone(broken_wrapt):
+    run = python(["-c", "import verl; print('alive')", "algorithm.adv_estimator=gae"], PYTHONPATH=broken_wrapt)
+    assert run.returncode == 0 and "alive" in run.stdout and "plugin could not be loaded" in run.stderr
+
+
+@pytest.mark.parametrize("module", ["verl.trainer.main_ppo", "recipe.asyppo.main_asyppo"])
+def test_a_bad_configuration_is_refused_before_ray_starts(toy, module):
+    run = python(
+        [
+            "-m",
+            module,
+            "algorithm.adv_estimator=asyppo",
+            f"actor_rollout_ref.model.path={toy}/actor",
+            f"critic.model.path={toy}/critic",
+            "actor_rollout_ref.rollout.name=vllm",
+            "actor_rollout_ref.rollout.n=1",
+        ]
+    )
+    assert run.returncode and "rollout.n=1 is below asyppo.num_critics=2" in run.stderr
+    assert "ray init kwargs" not in run.stdout and "Started a local Ray instance" not in run.stderr
+
+
+def test_the_recipe_lists_every_knob_with_its_default(root):
+    import dataclasses
+
+    from asyppo_verl.config import AsyPPOConfig
+
+    node = yaml.safe_load((root / "recipe/asyppo/config/asyppo_trainer.yaml").read_text())["asyppo"]
+    assert list(node) == [field.name for field in dataclasses.fields(AsyPPOConfig)]
+    assert AsyPPOConfig.from_node(node) == AsyPPOConfig()
+
+
+def test_the_doctor_finds_the_plugin_here_and_in_a_ray_worker():
+    run = python(["-m", "asyppo_verl.doctor"])
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "in this process: the plugin is active" in run.stdout and "in a Ray worker: the plugin is active" in run.stdout
+    assert "verl device    cpu" in run.stdout
+
+
+def test_the_doctor_names_the_cure():
+    run = python(["-m", "asyppo_verl.doctor"], VERL_USE_EXTERNAL_PLUGINS="none")
+    assert run.returncode == 1 and "unset it, or add asyppo to the list" in run.stdout
