@@ -167,7 +167,9 @@ def test_selections_by_hand():
 
 
 tokens = st.lists(
-    st.tuples(st.one_of(st.sampled_from([0.0, -0.0, 0.5, 0.25, 1e-40, 1e30]), st.floats(0, 4, width=32)), st.booleans()),
+    st.tuples(
+        st.one_of(st.sampled_from([0.0, -0.0, 0.5, 0.25, 1e-40, 1e30]), st.floats(0, 4, width=32)), st.booleans()
+    ),
     min_size=1,
     max_size=60,
 )

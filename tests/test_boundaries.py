@@ -58,6 +58,10 @@ def test_the_trainer_does_no_arithmetic_on_tensors():
     """Formulas live in asyppo.py and metrics.py; the trainer may only count rows."""
     for node in ast.walk(ast.parse((PACKAGE / "trainer.py").read_text())):
         if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
-            assert not any(isinstance(n, ast.Name) and n.id[-2:] in ("_N", "BT") for n in ast.walk(node)), ast.unparse(node)
+            assert not any(isinstance(n, ast.Name) and n.id[-2:] in ("_N", "BT") for n in ast.walk(node)), ast.unparse(
+                node
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            assert node.func.attr not in ("where", "mean", "std", "var", "topk", "kthvalue", "quantile"), ast.unparse(node)
+            assert node.func.attr not in ("where", "mean", "std", "var", "topk", "kthvalue", "quantile"), ast.unparse(
+                node
+            )

@@ -32,7 +32,10 @@ REFUSED = [
     ("+asyppo.critic_overrides.7.optim.lr=1", ["critic 7", "num_critics=2"]),
     ("+asyppo.critic_overrides.1.optimm.lr=1", ["critic_overrides.1.optimm", "did you mean optim?"]),
     ("+asyppo.critic_overrides.1.optim.learning_rate=1", ["critic_overrides.1", "learning_rate"]),
-    ("+asyppo.critic_overrides.1.fsdp.ulysses_sequence_parallel_size=2", ["ulysses_sequence_parallel_size", "critic 1"]),
+    (
+        "+asyppo.critic_overrides.1.fsdp.ulysses_sequence_parallel_size=2",
+        ["ulysses_sequence_parallel_size", "critic 1"],
+    ),
     ("+asyppo.critic_overrides.1=3", ["critic_overrides.1=3", "mapping"]),
     ("+asyppo.critic_overrides=[1]", ["critic_overrides=[1]", "map"]),
     ("trainer.use_v1=False", ["trainer.use_v1=False", "V1 trainer"]),
@@ -78,7 +81,9 @@ def test_a_critic_with_another_vocabulary_size_is_refused(compose, critic_copy):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (critic_copy / name).unlink()
     edit(critic_copy / "config.json", vocab_size=300)
-    with pytest.raises(ValueError, match=r"critic.model.path=.* has vocab_size=300, actor_rollout_ref.model.path=.* has 259"):
+    with pytest.raises(
+        ValueError, match=r"critic.model.path=.* has vocab_size=300, actor_rollout_ref.model.path=.* has 259"
+    ):
         prepare(compose(f"critic.model.path={critic_copy}"))
 
 

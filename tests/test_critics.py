@@ -45,7 +45,9 @@ def cluster(tmp_path_factory):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     # A short path: Ray's sockets live below it.
     folder = tmp_path_factory.mktemp("r")
-    ray.init(address="local", num_cpus=32, num_gpus=8, include_dashboard=False, _temp_dir=f"/tmp/{folder.parent.name}-ray")
+    ray.init(
+        address="local", num_cpus=32, num_gpus=8, include_dashboard=False, _temp_dir=f"/tmp/{folder.parent.name}-ray"
+    )
     yield
     ray.shutdown()
 
@@ -117,7 +119,9 @@ def train(group: RayWorkerGroup, index: int, data: TensorDict, mini_batch: int |
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance: float) -> bool:
-    return all(torch.allclose(a[name], b[name], **tolerance) if tolerance else torch.equal(a[name], b[name]) for name in a)
+    return all(
+        torch.allclose(a[name], b[name], **tolerance) if tolerance else torch.equal(a[name], b[name]) for name in a
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +179,9 @@ def test_values_are_those_of_the_model(single, toy):
     model.load_state_dict(weights)
     expected = []
     with torch.no_grad():
-        for ids, prompt, response in zip(*(data[f].unbind() for f in ("input_ids", "prompts", "responses")), strict=True):
+        for ids, prompt, response in zip(
+            *(data[f].unbind() for f in ("input_ids", "prompts", "responses")), strict=True
+        ):
             values = model(ids[None]).logits[0, :, 0]
             expected.append(values[len(prompt) - 1 : len(prompt) + len(response) - 1])
     found = single.infer_batch(data).get()[value_field(0)]

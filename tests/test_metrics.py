@@ -39,7 +39,9 @@ def test_observation_and_padding_tokens_are_never_looked_at():
     for tensor in (values, value, sigma, returns):
         tensor[..., ~is_response] = 1e6
     assert ensemble_metrics(values, value, sigma, returns, is_response) == expected
-    assert {"asyppo/critic_0/explained_var", "asyppo/critic_1/explained_var", "asyppo/critic_correlation"} <= set(expected)
+    assert {"asyppo/critic_0/explained_var", "asyppo/critic_1/explained_var", "asyppo/critic_correlation"} <= set(
+        expected
+    )
 
 
 def test_one_critic_has_no_correlation_and_an_empty_batch_no_metrics():

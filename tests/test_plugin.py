@@ -19,11 +19,23 @@ def python(code_or_args, **environment: str) -> subprocess.CompletedProcess:
 def test_importing_verl_loads_the_plugin_and_nothing_heavy():
     modules = {}
     for policy in ("none", "auto"):
-        run = python("import sys, verl; print('\\n'.join(sys.modules))", VERL_USE_EXTERNAL_PLUGINS=policy, VERL_PLATFORM="")
+        run = python(
+            "import sys, verl; print('\\n'.join(sys.modules))", VERL_USE_EXTERNAL_PLUGINS=policy, VERL_PLATFORM=""
+        )
         modules[policy] = set(run.stdout.split())
     added = {name.split(".")[0] for name in modules["auto"] - modules["none"]}
     assert "asyppo_verl.hooks" in modules["auto"] and "asyppo_verl.hooks" not in modules["none"]
-    assert added <= {"asyppo_verl", "wrapt", "omegaconf", "antlr4", "yaml", "psutil", "resource", "_psutil_linux", "difflib"}
+    assert added <= {
+        "asyppo_verl",
+        "wrapt",
+        "omegaconf",
+        "antlr4",
+        "yaml",
+        "psutil",
+        "resource",
+        "_psutil_linux",
+        "difflib",
+    }
     assert not {"vllm", "asyppo_verl.trainer", "asyppo_verl.critics"} & modules["auto"]
 
 
@@ -107,7 +119,9 @@ def test_the_recipe_lists_every_knob_with_its_default(root):
 def test_the_doctor_finds_the_plugin_here_and_in_a_ray_worker():
     run = python(["-m", "asyppo_verl.doctor"])
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "in this process: the plugin is active" in run.stdout and "in a Ray worker: the plugin is active" in run.stdout
+    assert (
+        "in this process: the plugin is active" in run.stdout and "in a Ray worker: the plugin is active" in run.stdout
+    )
     assert "verl device    cpu" in run.stdout
 
 

@@ -1,0 +1,312 @@
+"""The trainer's hooks on verl's real TransferQueue: incomplete groups, sessions with several outputs, observations, padding.
+
+Only the critics' answers are forced, since the point is what the driver does with them.
+"""
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import open_dict
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.core_algos import compute_gae_advantage_return
+from verl.trainer.ppo.v1 import PPOTrainerSync
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from asyppo_verl import batch_io
+from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage
+from asyppo_verl.critics import CRITIC_ID, value_field
+from asyppo_verl.preflight import prepare
+from asyppo_verl.trainer import AsyPPOTrainerSync
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def transfer_queue(tmp_path_factory):
+    from hydra import compose, initialize_config_module
+
+    folder = tmp_path_factory.mktemp("r")
+    ray.init(address="local", num_cpus=16, include_dashboard=False, _temp_dir=f"/tmp/{folder.parent.name}-tq")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose(
+            "ppo_trainer", ["transfer_queue.backend.SimpleStorage.num_data_storage_units=1"]
+        ).transfer_queue
+    with open_dict(config):
+        config.enable = True
+    tq.init(config)
+    yield
+    tq.close()
+    ray.shutdown()
+
+
+class ForcedCritics:
+    """Stands for the worker group: answers with given values and notes who is trained on what."""
+
+    world_size = 1
+
+    def __init__(self, values: dict[str, list[torch.Tensor]]) -> None:
+        self.values = values  # key -> one tensor per critic
+        self.calls: list[KVBatchMeta] = []
+
+    def infer_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
+        assert batch.fields == batch_io.MODEL_FIELDS
+        any_row = next(iter(self.values.values()))
+        num_critics, padding = len(any_row), torch.zeros(1, dtype=any_row[0].dtype)
+        fields = {
+            value_field(m): torch.nested.as_nested_tensor(
+                [self.values[key][m] if key in self.values else padding for key in batch.keys],
+                layout=torch.jagged,
+            )
+            for m in range(num_critics)
+        }
+        tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=TensorDict(fields, batch_size=len(batch)))
+        return SimpleNamespace(futures=[])
+
+    def train_mini_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
+        self.calls.append(batch)
+        metrics = {"vf_loss": [0.5], "vf_clipfrac": [0.0], "grad_norm": [1.0], "lr": [1e-3], "mfu": [0.1]}
+        return SimpleNamespace(get=lambda: {"metrics": metrics})
+
+
+def put_rows(sessions: dict[str, list[int]], seed: int = 0) -> KVBatchMeta:
+    """Write rows to TransferQueue. ``sessions``: group id -> outputs of each of its sessions (0: it has none)."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, rows, tags = [], [], []
+    for group, outputs in sessions.items():
+        for session, count in enumerate(outputs):
+            for output in range(count):
+                prompt, response = (int(torch.randint(3, 9, (), generator=generator)) for _ in range(2))
+                mask = (torch.rand(response, generator=generator) < 0.8).long()  # 0: an observation token
+                mask[-1] = 1
+                ids = torch.randint(0, 250, (prompt + response,), generator=generator)
+                reward = torch.zeros(response)
+                reward[-1] = float(torch.randint(0, 2, (), generator=generator))
+                keys.append(f"{group}_{session}_{output}")
+                rows.append(
+                    {
+                        "uid": group,
+                        "prompts": ids[:prompt],
+                        "responses": ids[prompt:],
+                        "input_ids": ids,
+                        "attention_mask": torch.ones_like(ids),
+                        "position_ids": torch.arange(len(ids)),
+                        "response_mask": mask,
+                        "loss_mask": mask,
+                        "rm_scores": reward,
+                    }
+                )
+                tags.append({"seq_len": len(ids), "prompt_len": prompt, "response_len": response})
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=list_of_dict_to_tensordict(rows), tags=tags)
+    return KVBatchMeta(partition_id="train", keys=keys, tags=tags)
+
+
+def trainer_for(compose, *overrides: str) -> AsyPPOTrainerSync:
+    """A trainer without workers, made as verl's own tests make theirs."""
+    config = compose("actor_rollout_ref.actor.ppo_mini_batch_size=2", *overrides)
+    trainer = AsyPPOTrainerSync.__new__(AsyPPOTrainerSync)
+    trainer.asyppo, trainer.config, trainer.global_steps, trainer.use_critic = prepare(config), config, 1, True
+    trainer.tokenizer = SimpleNamespace(eos_token_id=0)
+    trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0]})
+    return trainer
+
+
+def force_values(batch: KVBatchMeta, num_critics: int, seed: int = 1) -> dict[str, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: [torch.randn(tag["response_len"], generator=generator) for _ in range(num_critics)]
+        for key, tag in sorted(zip(batch.keys, batch.tags, strict=True))
+    }
+
+
+def step(trainer: AsyPPOTrainerSync, batch: KVBatchMeta, values: dict) -> tuple[KVBatchMeta, dict]:
+    """The part of verl's step that is ours."""
+    trainer.critic_wg = ForcedCritics(values)
+    metrics: dict = {}
+    batch = trainer._balance_batch(batch, metrics)
+    batch = trainer._compute_values(batch, metrics)
+    batch = trainer._compute_advantage(batch, metrics)
+    return trainer._update_critic(batch, metrics), metrics
+
+
+def stored(batch: KVBatchMeta, field: str) -> dict[str, torch.Tensor]:
+    data = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=[field])[field]
+    return dict(zip(batch.keys, data.unbind(), strict=True))
+
+
+# Groups of 4, one of 3, one of a single session, a session without output, sessions with two and three outputs.
+RAGGED = {"aa": [1, 1, 1, 1], "bb": [1, 2, 1], "cc": [1], "dd": [1, 0, 3, 1], "ee": [2, 1, 1, 1]}
+
+
+@pytest.fixture
+def clean():
+    yield
+    keys = list((tq.kv_list("train") or {}).get("train", {}))
+    if keys:
+        tq.kv_clear(keys=keys, partition_id="train")
+
+
+@pytest.mark.parametrize("shard", ["group", "prompt"])
+@pytest.mark.parametrize("num_critics", [2, 4])
+def test_every_response_trains_exactly_one_critic(compose, clean, shard, num_critics):
+    batch = put_rows(RAGGED)
+    real = set(batch.keys)
+    trainer = trainer_for(compose, f"+asyppo.num_critics={num_critics}", f"+asyppo.shard={shard}")
+    batch, metrics = step(trainer, batch, force_values(batch, num_critics))
+    assert len(batch) % 8 == 0 and real <= set(batch.keys), "verl's own multiple of 2 prompts x 4 responses"
+    trained = Counter(key for call in trainer.critic_wg.calls for key in call.keys if key in real)
+    assert set(trained) == real and set(trained.values()) == {1}
+    owner = dict(
+        zip(
+            sorted(real),
+            assign_shards([batch_io.session_of(k) for k in sorted(real)], num_critics=num_critics, shard=shard),
+            strict=True,
+        )
+    )
+    masks = stored(batch, "response_mask")
+    for call in trainer.critic_wg.calls:
+        critic = call.extra_info[CRITIC_ID]
+        mini_batch = call.extra_info["mini_batch_size"]
+        assert mini_batch == call.extra_info["global_batch_size"] == 8 // num_critics
+        assert len(call) % mini_batch == 0 and value_field(critic) in call.fields
+        assert {owner[key] for key in call.keys if key in real} == {critic}
+        assert not any(masks[key].any() for key in call.keys if key not in real), "a padding row has response tokens"
+        for start in range(0, len(call), mini_batch):
+            assert any(key in real for key in call.keys[start : start + mini_batch]), "a step on padding alone"
+    # bb has 3 of 4 sessions, cc 1 of 4, dd 3 of 4.
+    assert metrics["asyppo/incomplete_groups"] == 3
+    assert sum(metrics[f"asyppo/critic_{m}/responses"] for m in range(num_critics)) == len(real)
+
+
+def test_values_advantages_and_masks(compose, clean):
+    batch = put_rows(RAGGED)
+    real = sorted(batch.keys)
+    values = force_values(batch, 2)
+    trainer = trainer_for(compose, "actor_rollout_ref.actor.entropy_coeff=0.1")
+    batch, metrics = step(trainer, batch, values)
+    masks, rewards = stored(batch, "response_mask"), stored(batch, "rm_scores")
+    mean, advantages, kept_entropy = (
+        stored(batch, "values"),
+        stored(batch, "advantages"),
+        stored(batch, batch_io.KEEP_ENTROPY),
+    )
+
+    def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    value_BT, sigma_BT = ensemble_value(torch.stack([padded([values[key][m] for key in real]) for m in range(2)]))
+    mask_BT = padded([masks[key] for key in real])
+    torch.testing.assert_close(padded([mean[key] for key in real]), value_BT)
+    expected_BT, returns_BT = compute_gae_advantage_return(
+        padded([rewards[key] for key in real]), value_BT, mask_BT, 1.0, 1.0
+    )
+    keep_BT = keep_advantage(sigma_BT, mask_BT, fraction=0.2)
+    found_BT = padded([advantages[key] for key in real])
+    tokens = int(mask_BT.sum())
+    is_response_BT = mask_BT.bool()
+    torch.testing.assert_close(found_BT[keep_BT & is_response_BT], expected_BT[keep_BT & is_response_BT])
+    assert not found_BT[~keep_BT].any() and int((~keep_BT).sum()) == math.floor(0.2 * tokens)
+    torch.testing.assert_close(
+        padded([stored(batch, "returns")[key] for key in real])[is_response_BT], returns_BT[is_response_BT]
+    )
+    filtered = sum(int((~kept_entropy[key].bool()).sum()) for key in batch.keys)
+    assert filtered == math.floor(0.2 * tokens)
+    assert all(kept_entropy[key].bool()[masks[key] == 0].all() for key in batch.keys), (
+        "an observation token was filtered"
+    )
+    assert metrics["asyppo/adv_masked_fraction"] == pytest.approx(math.floor(0.2 * tokens) / tokens)
+    assert batch_io.KEEP_ENTROPY in batch.fields and value_field(0) not in batch.fields
+
+
+def test_the_order_of_rows_does_not_matter(compose, clean):
+    advantages = []
+    for reverse in (False, True):
+        batch = put_rows(RAGGED)
+        values = force_values(batch, 2)
+        # Values on a coarse grid, so that sigma is full of ties.
+        values = {key: [(v * 2).round() / 2 for v in critics] for key, critics in values.items()}
+        if reverse:
+            batch.reorder(list(range(len(batch)))[::-1])
+        batch, _ = step(trainer_for(compose), batch, values)
+        advantages.append({key: value for key, value in stored(batch, "advantages").items() if key in values})
+    assert advantages[0].keys() == advantages[1].keys()
+    assert all(torch.equal(advantages[0][key] == 0, advantages[1][key] == 0) for key in advantages[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_law_2_one_critic_is_verls_ppo(compose, clean, dtype):
+    """With M = 1 and both masks on: the same values, advantages and returns as verl's own hooks, to the last bit."""
+    batch = put_rows(RAGGED)
+    values = {key: [v.to(dtype) for v in critics] for key, critics in force_values(batch, 1).items()}
+    trainer = trainer_for(
+        compose, "+asyppo.num_critics=1", "algorithm.gamma=0.99", "algorithm.lam=0.95", "+asyppo.critic_lam=0.95"
+    )
+    batch, _ = step(trainer, batch, values)
+    ours = {field: stored(batch, field) for field in ("values", "advantages", "returns")}
+    (call,) = trainer.critic_wg.calls
+    assert call.keys == batch.keys and call.extra_info["mini_batch_size"] == 8, (
+        "verl trains on the whole batch in its order"
+    )
+
+    algorithm = trainer.config.algorithm
+    algorithm.adv_estimator = "gae"
+    PPOTrainerSync._compute_advantage(trainer, batch, {})
+    for field in ("advantages", "returns"):
+        theirs = stored(batch, field)
+        assert all(torch.equal(ours[field][key], theirs[key]) for key in batch.keys), field
+    assert all(torch.equal(ours["values"][key], values[key][0]) for key in values)
+
+
+def test_the_critics_own_lambda_changes_only_their_target(compose, clean):
+    found = {}
+    for critic_lam in (1.0, 0.5):
+        batch = put_rows(RAGGED)
+        values = force_values(batch, 2)
+        batch, _ = step(trainer_for(compose, f"+asyppo.critic_lam={critic_lam}"), batch, values)
+        found[critic_lam] = stored(batch, "advantages"), stored(batch, "returns")
+    masks, rewards = stored(batch, "response_mask"), stored(batch, "rm_scores")
+    for key, critics in values.items():
+        assert torch.equal(found[1.0][0][key], found[0.5][0][key])
+        value = ensemble_value(torch.stack(critics)[:, None])[0]
+        _, target = compute_gae_advantage_return(rewards[key][None].clone(), value, masks[key][None], 1.0, 0.5)
+        is_response = masks[key].bool()
+        torch.testing.assert_close(found[0.5][1][key][is_response], target[0][is_response])
+    assert any(not torch.allclose(found[1.0][1][key], found[0.5][1][key]) for key in values)
+
+
+def test_without_shards_every_critic_trains_on_the_whole_batch(compose, clean):
+    batch = put_rows(RAGGED)
+    trainer = trainer_for(compose, "+asyppo.shard=none")
+    batch, _ = step(trainer, batch, force_values(batch, 2))
+    assert [call.keys for call in trainer.critic_wg.calls] == [batch.keys, batch.keys]
+
+
+def test_a_critic_without_responses_sits_the_step_out(compose, clean):
+    batch = put_rows({"aa": [1]})
+    trainer = trainer_for(compose)
+    batch, metrics = step(trainer, batch, force_values(batch, 2))
+    (call,) = trainer.critic_wg.calls
+    idle = 1 - call.extra_info[CRITIC_ID]
+    assert metrics[f"asyppo/critic_{idle}/responses"] == 0 and f"asyppo/critic_{idle}/vf_loss" not in metrics
+    assert metrics["critic/vf_loss"] == 0.5
+
+
+def test_non_finite_values_stop_the_run_and_name_the_critic(compose, clean):
+    batch = put_rows(RAGGED)
+    values = force_values(batch, 2)
+    values["dd_2_1"][1][0] = float("nan")
+    with pytest.raises(ValueError, match=r"mini-critic 1 gave non-finite values in step 1.*critic.optim.lr"):
+        step(trainer_for(compose), batch, values)
+
+
+def test_the_estimator_is_restored_even_after_an_error(compose):
+    trainer = trainer_for(compose)
+    with pytest.raises(KeyError), trainer._adv_estimator("gae"):
+        assert trainer.config.algorithm.adv_estimator == "gae"
+        raise KeyError
+    assert trainer.config.algorithm.adv_estimator == "asyppo"
