@@ -24,9 +24,13 @@ CRITIC_ID = "asyppo_critic_id"
 """Batch-level field: the mini-critic that a training call is for."""
 
 
+VALUE_PREFIX = "asyppo_values_"
+"""How the names of the fields with the single critics' values begin."""
+
+
 def value_field(index: int) -> str:
     """Name of the batch field with the values of mini-critic ``index`` on response positions."""
-    return f"asyppo_values_{index}"
+    return f"{VALUE_PREFIX}{index}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,9 @@ def critic_spec(node: DictConfig, head_seed: int) -> MiniCriticSpec:
     engine = critic.engine
     engine.use_dynamic_bsz = critic.use_dynamic_bsz
     engine.max_token_len_per_gpu = critic.ppo_max_token_len_per_gpu
-    engine.infer_max_token_len_per_gpu = node.get("ppo_infer_max_token_len_per_gpu") or critic.forward_max_token_len_per_gpu
+    engine.infer_max_token_len_per_gpu = (
+        node.get("ppo_infer_max_token_len_per_gpu") or critic.forward_max_token_len_per_gpu
+    )
     engine.micro_batch_size_per_gpu = critic.ppo_micro_batch_size_per_gpu
     engine.infer_micro_batch_size_per_gpu = (
         critic.ppo_infer_micro_batch_size_per_gpu or critic.forward_micro_batch_size_per_gpu
@@ -141,7 +147,9 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
             critic.save_checkpoint(folder, remote, global_step, max_ckpt_to_keep)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def load_checkpoint(self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False) -> None:
+    def load_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
+    ) -> None:
         """Load every critic from ``critic_<m>``.
 
         Raises:
@@ -175,7 +183,6 @@ def check_checkpoint(path: str, num_critics: int) -> None:
         )
 
 
-def _name_architecture(module: torch.nn.Module) -> None:
+def _name_architecture(module: Any) -> None:
     """Name the class that a checkpoint really holds; it would else say the causal model it was started from."""
     module.config.architectures = [type(module).__name__.removeprefix("FSDP")]
-

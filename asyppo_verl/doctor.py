@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import tempfile
+from typing import Any
 
 from asyppo_verl.config import SUPPORTED_VERL
 
@@ -32,7 +33,9 @@ def find_problems() -> list[str]:
         problems.append("verl cannot find the entry point: pip install asyppo_verl into this very environment")
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if policy != "auto" and "asyppo" not in [name.strip() for name in policy.split(",")]:
-        problems.append(f"VERL_USE_EXTERNAL_PLUGINS={policy} leaves the plugin out: unset it, or add asyppo to the list")
+        problems.append(
+            f"VERL_USE_EXTERNAL_PLUGINS={policy} leaves the plugin out: unset it, or add asyppo to the list"
+        )
     try:
         # As a run does it: verl is imported first, and loads the plugin or not.
         from verl.trainer.ppo import utils as verl_utils
@@ -40,7 +43,9 @@ def find_problems() -> list[str]:
 
         hooks = sys.modules.get("asyppo_verl.hooks")
         if hooks is None or not hooks.is_active() or not hasattr(verl_utils.need_critic, "__wrapped__"):
-            problems.append("verl was imported without the plugin: use python -m recipe.asyppo.main_asyppo, or see above")
+            problems.append(
+                "verl was imported without the plugin: use python -m recipe.asyppo.main_asyppo, or see above"
+            )
         else:
             get_trainer_cls("asyppo_sync")
     except Exception as error:
@@ -53,7 +58,9 @@ def _find_problems_in_ray() -> list[str]:
     import ray
 
     with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        own_cluster = {} if os.environ.get("RAY_ADDRESS") else {"_temp_dir": folder, "num_cpus": 1, "address": "local"}
+        own_cluster: dict[str, Any] = (
+            {} if os.environ.get("RAY_ADDRESS") else {"_temp_dir": folder, "num_cpus": 1, "address": "local"}
+        )
         ray.init(log_to_driver=False, include_dashboard=False if own_cluster else None, **own_cluster)
         try:
             return ray.get(ray.remote(num_cpus=1)(find_problems).remote(), timeout=180)

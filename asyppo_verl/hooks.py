@@ -39,12 +39,12 @@ def is_active() -> bool:
 
 
 def _need_critic(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> bool:
-    (config,) = (*args, *kwargs.values())
+    config = args[0] if args else kwargs["config"]
     return preflight.is_asyppo(config) or wrapped(config)
 
 
 def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
-    config = kwargs["config"] if "config" in kwargs else args[0]
+    config = args[0] if args else kwargs["config"]
     if preflight.is_asyppo(config):
         preflight.prepare(config)
     return wrapped(*args, **kwargs)

@@ -35,7 +35,9 @@ def quantiles(score_N: Tensor, is_response_N: Tensor, levels: tuple[float, ...])
     return [float(select_kth(score_N, is_response_N, max(1, round(level * count)))) for level in levels]
 
 
-def ensemble_metrics(values_MN: Tensor, value_N: Tensor, sigma_N: Tensor, returns_N: Tensor, is_response_N: Tensor) -> dict:
+def ensemble_metrics(
+    values_MN: Tensor, value_N: Tensor, sigma_N: Tensor, returns_N: Tensor, is_response_N: Tensor
+) -> dict:
     """Diagnostics of the critics over the whole batch, keyed by metric name; empty for a batch without response tokens."""
     if not bool(is_response_N.any()):
         return {}

@@ -4,7 +4,7 @@ import copy
 import importlib.metadata
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +30,11 @@ def is_asyppo(config: DictConfig) -> bool:
 def read_config(config: DictConfig) -> AsyPPOConfig:
     """The ``asyppo`` node of a verl configuration, checked; defaults where it is silent."""
     node = config.get("asyppo")
-    return AsyPPOConfig.from_node(None if node is None else OmegaConf.to_container(node, resolve=True))
+    if node is not None and not OmegaConf.is_dict(node):
+        raise ValueError(
+            f"asyppo={node!r} must be a mapping such as {{num_critics: 2}}; set single keys: +asyppo.num_critics=2"
+        )
+    return AsyPPOConfig.from_node(node and cast(dict, OmegaConf.to_container(node, resolve=True)))
 
 
 def critic_node(config: DictConfig, asyppo: AsyPPOConfig, index: int) -> DictConfig:
@@ -107,7 +111,9 @@ def _check_models(config: DictConfig, asyppo: AsyPPOConfig) -> None:
         checked.add(model.path)
         critic = _load_config(key, model)
         if hasattr(critic, "vision_config"):
-            raise ValueError(f"{key}={model.path} is a vision-language model; mini-critics read text only: name a text model")
+            raise ValueError(
+                f"{key}={model.path} is a vision-language model; mini-critics read text only: name a text model"
+            )
         _check_vocabulary(config, key, model, actor, critic)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -22,7 +22,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 from asyppo_verl import asyppo, batch_io, layout, preflight
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.config import shard_mini_batch_size
-from asyppo_verl.critics import CRITIC_ID, critic_spec, ensemble_worker_class, value_field
+from asyppo_verl.critics import CRITIC_ID, VALUE_PREFIX, critic_spec, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
 
 LOGGED_PER_CRITIC = ("vf_loss", "vf_clipfrac", "grad_norm", "lr")
@@ -38,7 +38,13 @@ class _Evaluation:
     sigma_N: Tensor
 
 
-class AsyPPOMixin:
+if TYPE_CHECKING:  # the mixin stands before a trainer and uses its attributes
+    from verl.trainer.ppo.v1 import PPOTrainer as _Base
+else:
+    _Base = object
+
+
+class AsyPPOMixin(_Base):
     """Put before one of verl's V1 trainers: ``class T(AsyPPOMixin, PPOTrainerSync)``."""
 
     def __init__(self, config: DictConfig) -> None:
@@ -115,7 +121,8 @@ class AsyPPOMixin:
         length_of = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
         keys = [*shard, *padding]
         ranks = self.critic_wg.world_size // self.config.critic.fsdp.ulysses_sequence_parallel_size
-        workload = calculate_workload(torch.tensor([length_of[key] for key in keys], dtype=torch.int64))
+        lengths = torch.tensor([length_of[key] for key in keys], dtype=torch.int64)
+        workload = calculate_workload(lengths).tolist()
         ordered = []
         for part in get_seqlen_balanced_partitions(workload, k_partitions=ranks, equal_size=True):
             part = sorted(part)
@@ -169,7 +176,9 @@ class AsyPPOMixin:
         if self.asyppo.critic_lam != self.config.algorithm.lam:
             changed["returns"] = returns_N = self._critic_target(responses, rewards)
         keep_adv_N = asyppo.keep_advantage(evaluation.sigma_N, is_response_N, fraction=self.asyppo.adv_mask_fraction)
-        keep_ent_N = asyppo.keep_entropy(evaluation.sigma_N, is_response_N, fraction=self.asyppo.entropy_filter_fraction)
+        keep_ent_N = asyppo.keep_entropy(
+            evaluation.sigma_N, is_response_N, fraction=self.asyppo.entropy_filter_fraction
+        )
         if not keep_adv_N.all():
             changed["advantages"] = asyppo.mask_advantage(advantages_N, keep_adv_N)
         if self._filters_entropy:
@@ -181,7 +190,7 @@ class AsyPPOMixin:
         metrics.update(selection_metrics(advantages_N, keep_adv_N, keep_ent_N, is_response_N))
         fields = batch_io.store(batch, responses, **changed) if changed else batch.fields
         # The actor has no use for the single critics' values.
-        batch.fields = [field for field in fields if not field.startswith(value_field(""))]
+        batch.fields = [field for field in fields if not field.startswith(VALUE_PREFIX)]
         return batch
 
     def _critic_target(self, responses: batch_io.Responses, rewards: str) -> Tensor:
@@ -212,12 +221,14 @@ class AsyPPOMixin:
         for index, shard in enumerate(self._shards(batch)):
             if shard:
                 futures[index] = self.critic_wg.train_mini_batch(self._training_call(batch, index, shard))
-        of_critic = {}
+        of_critic: dict[int, dict[str, Any]] = {}
         for index, future in futures.items():
             of_critic[index] = reduce_metrics(rename_dict(future.get()["metrics"], "critic/"))
             for name in LOGGED_PER_CRITIC:
                 metrics[f"asyppo/critic_{index}/{name}"] = of_critic[index][f"critic/{name}"]
-        shared = {key: [values[key] for values in of_critic.values()] for key in next(iter(of_critic.values()))}
+        shared: dict[str, Any] = {
+            key: [values[key] for values in of_critic.values()] for key in next(iter(of_critic.values()))
+        }
         shared["perf/mfu/critic"] = shared.pop("critic/mfu")
         metrics.update(reduce_metrics(shared))
         return batch

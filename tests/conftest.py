@@ -13,6 +13,12 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, whole training runs last."""
+    items.sort(key=lambda item: 2 * bool(item.get_closest_marker("e2e")) + bool(item.get_closest_marker("ray")))
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -26,6 +26,7 @@ REFUSED = [
     ("+asyppo.entropy_filter_fraction=1.2", ["asyppo.entropy_filter_fraction=1.2", "[0, 1)"]),
     ("+asyppo.adv_mask_fraction=0.9", ["adv_mask_fraction=0.9", "entropy_filter_fraction=0.2", "more than 1"]),
     ("+asyppo.critic_lam=1.5", ["asyppo.critic_lam=1.5", "[0, 1]"]),
+    ("+asyppo=3", ["asyppo=3", "+asyppo.num_critics=2"]),
     ("+asyppo.shard=row", ["asyppo.shard='row'", "'group'"]),
     ("+asyppo.num_critic=3", ["asyppo.num_critic=3", "did you mean num_critics?"]),
     ("+asyppo.mask_fraction=0.1", ["asyppo.mask_fraction=0.1", "did you mean adv_mask_fraction?"]),
@@ -109,7 +110,7 @@ def test_a_vision_language_critic_is_refused(compose, critic_copy):
     from transformers import Qwen2_5_VLConfig
 
     Qwen2_5_VLConfig().save_pretrained(critic_copy)
-    with pytest.raises(ValueError, match="vision-language model.*name a text model"):
+    with pytest.raises(ValueError, match=r"vision-language model.*name a text model"):
         prepare(compose(f"critic.model.path={critic_copy}"))
 
 

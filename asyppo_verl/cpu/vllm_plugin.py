@@ -1,6 +1,7 @@
 """vLLM on a CPU whose weights can be replaced while it runs."""
 
 import os
+from typing import Any
 
 
 def register() -> None:
@@ -14,7 +15,7 @@ def register() -> None:
     import torch
     from vllm.model_executor.layers import utils
 
-    def keep_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def keep_weight(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = keep_weight

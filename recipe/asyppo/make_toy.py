@@ -65,7 +65,10 @@ def problems(rng: random.Random, count: int) -> list[tuple[str, str]]:
 
 def _batch(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """Right-padded sequences whose labels are the answer and the end token."""
-    rows = [(tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id]) for prompt, answer in pairs]
+    rows = [
+        (tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id])
+        for prompt, answer in pairs
+    ]
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     labels = torch.full((len(rows), width), -100)

@@ -1,0 +1,133 @@
+"""Whole training runs on the CPU: real verl, Ray, FSDP2 and vLLM, started the way the README says."""
+
+import json
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+SMALL = [
+    "data.train_batch_size=16",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    "actor_rollout_ref.rollout.n=4",
+    # Large steps, so that stale rollout weights could not go unnoticed.
+    "actor_rollout_ref.actor.optim.lr=2e-3",
+]
+
+
+def train(root: Path, toy: Path, run_dir: Path, *overrides: str, **environment: str) -> tuple[list[dict], str]:
+    """Run the CPU script; returns the metrics of every step and what the terminal showed."""
+    env = {**os.environ, "RUN_DIR": str(run_dir), "TOY_DIR": str(toy), **environment}
+    run = subprocess.run(
+        ["bash", str(root / "scripts/run_asyppo_cpu.sh"), *SMALL, *overrides],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return [line["data"] for line in steps], run.stdout
+
+
+def check_weight_sync(steps: list[dict]) -> None:
+    """vLLM samples with the trainer's weights of the same step: in fp32 both give the same probabilities."""
+    for step in steps:
+        assert step["training/rollout_probs_diff_max"] < 1e-4, "the rollout used stale weights"
+    # Otherwise the check above would prove nothing.
+    assert abs(steps[-1]["actor/ppo_kl"]) > 1e-3, "the policy hardly moved"
+
+
+def check_asyppo(steps: list[dict], num_critics: int = 2) -> None:
+    for step in steps:
+        tokens = round(
+            step["response_length/mean"] * sum(step[f"asyppo/critic_{m}/responses"] for m in range(num_critics))
+        )
+        assert step["asyppo/adv_masked_fraction"] == pytest.approx(math.floor(0.2 * tokens) / tokens)
+        assert step["asyppo/entropy_filtered_fraction"] == step["asyppo/adv_masked_fraction"]
+        assert step["asyppo/sigma/mean"] > 0
+        assert all(step[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(num_critics))
+        assert all(value is not None and math.isfinite(value) for value in step.values())
+
+
+@pytest.fixture(scope="module")
+def finished(root, toy, tmp_path_factory):
+    """A run of two steps on one rank."""
+    run_dir = tmp_path_factory.mktemp("run") / "one"
+    return run_dir, *train(root, toy, run_dir, "trainer.total_training_steps=2", "trainer.save_freq=1")
+
+
+def test_one_rank(finished):
+    _, steps, shown = finished
+    assert len(steps) == 2
+    check_asyppo(steps)
+    check_weight_sync(steps)
+    assert re.search(r"Training Progress: 100%.*2/2", shown)
+    assert "reward " in shown and "step time" in shown and "run folder" in shown
+
+
+def test_every_metric_has_a_row_in_the_readme_and_no_row_is_stale(finished, root):
+    _, steps, _ = finished
+    table = set(re.findall(r"^\| `(asyppo/[^`]*)` \|", (root / "README.md").read_text(), re.MULTILINE))
+    logged = {re.sub(r"critic_\d+", "critic_<m>", key) for key in steps[-1] if key.startswith("asyppo/")}
+    assert logged == table
+    assert not [key for key in logged if "min" in key or "max" in key], "verl would reduce these keys with min or max"
+
+
+def test_checkpoint_and_resume(finished, root, toy):
+    run_dir, first, _ = finished
+    kept = run_dir / "checkpoints" / "global_step_2"
+    assert sorted(path.name for path in (kept / "critic").iterdir()) == ["critic_0", "critic_1"]
+    assert not list((run_dir / "checkpoints/global_step_1/critic").glob("critic_*/*.pt")), "max_critic_ckpt_to_keep=1"
+    steps, shown = train(root, toy, run_dir, "trainer.total_training_steps=3", "trainer.save_freq=1")
+    assert "after step 2" in shown and len(steps) == 3 and steps[:2] == first
+    check_asyppo(steps)
+    check_weight_sync(steps)
+
+
+def test_two_ranks_three_responses_and_another_mode_of_everything(root, toy, tmp_path):
+    """Groups that two critics cannot share evenly, padded batches, remove-padding, offload, a larger second critic."""
+    steps, _ = train(
+        root,
+        toy,
+        tmp_path / "two",
+        "trainer.total_training_steps=2",
+        "actor_rollout_ref.rollout.n=3",
+        "algorithm.lam=0.95",
+        "critic.use_dynamic_bsz=False",
+        "critic.ppo_micro_batch_size_per_gpu=2",
+        "critic.fsdp.param_offload=True",
+        "critic.fsdp.optimizer_offload=True",
+        "critic.model.use_remove_padding=True",
+        f"+asyppo.critic_overrides.1.model.path={toy}/actor",
+        "+asyppo.critic_overrides.1.optim.lr=1e-4",
+        "trainer.save_freq=-1",
+        RANKS="2",
+    )
+    assert len(steps) == 2
+    check_asyppo(steps)
+    check_weight_sync(steps)
+    for step in steps:
+        assert step["asyppo/critic_0/lr"] == pytest.approx(1e-3) and step["asyppo/critic_1/lr"] == pytest.approx(1e-4)
+        assert step["asyppo/critic_0/responses"] + step["asyppo/critic_1/responses"] == 48
+
+
+def test_another_estimator_is_untouched(root, toy, tmp_path):
+    steps, _ = train(
+        root,
+        toy,
+        tmp_path / "gae",
+        "algorithm.adv_estimator=gae",
+        "trainer.total_training_steps=1",
+        "trainer.save_freq=-1",
+    )
+    assert not [key for key in steps[0] if "asyppo" in key]
+    log = (tmp_path / "gae" / "log").read_text()
+    assert "'trainer_mode': 'sync'" in log and "asyppo_sync" not in log
