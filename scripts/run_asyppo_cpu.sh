@@ -93,6 +93,7 @@ TRAINER=(
     trainer.max_critic_ckpt_to_keep=1
     trainer.val_before_train=False
     trainer.test_freq=-1
+    hydra.run.dir="$RUN_DIR/hydra"
     trainer.v1.sampler.custom_sampler.path=pkg://asyppo_verl.cpu.sampler
     trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer
 )

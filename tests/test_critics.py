@@ -1,6 +1,7 @@
 """The mini-critic worker on real Ray ranks with FSDP2: seeds, isolation, checkpoints, batching (law 6)."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -41,15 +42,13 @@ class ProbedWorker(MiniCriticEnsembleWorker):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    # A short path: Ray's sockets live below it.
-    folder = tmp_path_factory.mktemp("r")
-    ray.init(
-        address="local", num_cpus=32, num_gpus=8, include_dashboard=False, _temp_dir=f"/tmp/{folder.parent.name}-ray"
-    )
-    yield
-    ray.shutdown()
+    # A short path, since Ray's sockets live below it.
+    with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
+        ray.init(address="local", num_cpus=32, num_gpus=8, include_dashboard=False, _temp_dir=folder)
+        yield
+        ray.shutdown()
 
 
 def start(compose, ranks: int, *overrides: str) -> RayWorkerGroup:

@@ -4,6 +4,7 @@ Only the critics' answers are forced, since the point is what the driver does wi
 """
 
 import math
+import tempfile
 from collections import Counter
 from types import SimpleNamespace
 
@@ -28,21 +29,21 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def transfer_queue(tmp_path_factory):
+def transfer_queue():
     from hydra import compose, initialize_config_module
 
-    folder = tmp_path_factory.mktemp("r")
-    ray.init(address="local", num_cpus=16, include_dashboard=False, _temp_dir=f"/tmp/{folder.parent.name}-tq")
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose(
             "ppo_trainer", ["transfer_queue.backend.SimpleStorage.num_data_storage_units=1"]
         ).transfer_queue
     with open_dict(config):
         config.enable = True
-    tq.init(config)
-    yield
-    tq.close()
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
+        ray.init(address="local", num_cpus=16, include_dashboard=False, _temp_dir=folder)
+        tq.init(config)
+        yield
+        tq.close()
+        ray.shutdown()
 
 
 class ForcedCritics:
