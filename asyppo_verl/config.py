@@ -11,6 +11,12 @@ ESTIMATOR = "asyppo"
 SUPPORTED_VERL = ("0.9.0", "0.9.1")
 """The verl releases that this package is tested with."""
 
+TRAINER_MODES = ("sync", "colocate_async", "separate_async")
+"""verl's trainers, ``trainer.v1.trainer_mode``."""
+
+TRAINER_PREFIX = "asyppo_"
+"""Ours are called "asyppo_sync" and so on, names that only a process with the plugin knows."""
+
 OVERRIDABLE = (
     "model",
     "optim",
@@ -156,6 +162,12 @@ def check_against_verl(config: Any, asyppo: AsyPPOConfig) -> None:
     if not config.trainer.use_v1:
         raise ValueError(
             "trainer.use_v1=False: AsyPPO needs verl's V1 trainer; remove the override or set trainer.use_v1=True"
+        )
+    mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
+    if mode not in TRAINER_MODES:
+        raise ValueError(
+            f"trainer.v1.trainer_mode={mode!r} is not a trainer of verl{_nearest(mode, TRAINER_MODES)}; "
+            f"set one of {', '.join(TRAINER_MODES)}"
         )
     if config.critic.enable is False:
         raise ValueError(

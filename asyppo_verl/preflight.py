@@ -9,12 +9,9 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, AsyPPOConfig, check_against_verl, notices
+from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig, check_against_verl, notices
 
 logger = logging.getLogger(__name__)
-
-TRAINER_PREFIX = "asyppo_"
-"""verl's trainer mode "sync" becomes "asyppo_sync", a name that only a process with the plugin knows."""
 
 PLUGIN_MODULE = "asyppo_verl.plugin"
 

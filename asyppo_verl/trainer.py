@@ -21,7 +21,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from asyppo_verl import asyppo, batch_io, layout, preflight
 from asyppo_verl.actor_loss import asyppo_actor_loss
-from asyppo_verl.config import shard_mini_batch_size
+from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
 from asyppo_verl.critics import CRITIC_ID, VALUE_PREFIX, critic_spec, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
 
@@ -51,17 +51,17 @@ class AsyPPOMixin(_Base):
         self.asyppo = preflight.read_config(config)
         with open_dict(config):
             config.critic.enable = True
-            config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(preflight.TRAINER_PREFIX)
+            config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
         super().__init__(config)
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        self._critic_nodes = [
-            preflight.critic_node(self.config, self.asyppo, index) for index in range(self.asyppo.num_critics)
+        specs = [
+            critic_spec(preflight.critic_node(self.config, self.asyppo, index), self.asyppo.head_seed + index)
+            for index in range(self.asyppo.num_critics)
         ]
-        specs = [critic_spec(node, self.asyppo.head_seed + index) for index, node in enumerate(self._critic_nodes)]
         self.role_worker_mapping[Role.Critic] = ray.remote(ensemble_worker_class(specs))
 
     def _setup(self) -> None:
@@ -78,12 +78,14 @@ class AsyPPOMixin(_Base):
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         shards = self._shards(batch)
-        metrics["asyppo/incomplete_groups"] = self._count_incomplete_groups(batch)
+        sessions = map(batch_io.session_of, batch_io.response_keys(batch))
+        metrics["asyppo/incomplete_groups"] = layout.incomplete_groups(
+            sessions, self.config.actor_rollout_ref.rollout.n
+        )
         for index, keys in enumerate(shards):
             metrics[f"asyppo/critic_{index}/responses"] = len(keys)
         if not self._train_on_everything:
-            sizes = [len(keys) for keys in shards]
-            rows = layout.padding_needed(sizes, [self._mini_batch_size] * len(sizes))
+            rows = layout.padding_needed(map(len, shards), self._mini_batch_size)
             batch = batch_io.add_padding(batch, rows, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
@@ -107,12 +109,6 @@ class AsyPPOMixin(_Base):
     def _mini_batch_size(self) -> int:
         return shard_mini_batch_size(self.config, self.asyppo)
 
-    def _count_incomplete_groups(self, batch: KVBatchMeta) -> int:
-        sessions: dict[str, set[str]] = {}
-        for group, session in map(batch_io.session_of, batch_io.response_keys(batch)):
-            sessions.setdefault(group, set()).add(session)
-        return sum(len(found) < self.config.actor_rollout_ref.rollout.n for found in sessions.values())
-
     def _training_keys(self, batch: KVBatchMeta, shard: list[str]) -> list[str]:
         """The rows of one training call in the order in which verl cuts them into ranks and mini-batches."""
         if self._train_on_everything:
@@ -123,11 +119,8 @@ class AsyPPOMixin(_Base):
         ranks = self.critic_wg.world_size // self.config.critic.fsdp.ulysses_sequence_parallel_size
         lengths = torch.tensor([length_of[key] for key in keys], dtype=torch.int64)
         workload = calculate_workload(lengths).tolist()
-        ordered = []
-        for part in get_seqlen_balanced_partitions(workload, k_partitions=ranks, equal_size=True):
-            part = sorted(part)
-            ordered += layout.spread([i for i in part if i < len(shard)], [i for i in part if i >= len(shard)])
-        return [keys[i] for i in ordered]
+        parts = get_seqlen_balanced_partitions(workload, k_partitions=ranks, equal_size=True)
+        return [keys[i] for i in layout.training_order(len(shard), parts)]
 
     # -- values and advantages -------------------------------------------------------------------------------------
 
@@ -264,8 +257,8 @@ class AsyPPOTrainerSeparateAsync(AsyPPOMixin, PPOTrainerSeparateAsync):
 
 
 TRAINERS = {
-    "asyppo_sync": AsyPPOTrainerSync,
-    "asyppo_colocate_async": AsyPPOTrainerColocateAsync,
-    "asyppo_separate_async": AsyPPOTrainerSeparateAsync,
+    f"{TRAINER_PREFIX}sync": AsyPPOTrainerSync,
+    f"{TRAINER_PREFIX}colocate_async": AsyPPOTrainerColocateAsync,
+    f"{TRAINER_PREFIX}separate_async": AsyPPOTrainerSeparateAsync,
 }
 """Trainer classes by the mode names that :func:`asyppo_verl.preflight.prepare` sets."""

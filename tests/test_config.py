@@ -40,6 +40,7 @@ REFUSED = [
     ("+asyppo.critic_overrides.1=3", ["critic_overrides.1=3", "mapping"]),
     ("+asyppo.critic_overrides=[1]", ["critic_overrides=[1]", "map"]),
     ("trainer.use_v1=False", ["trainer.use_v1=False", "V1 trainer"]),
+    ("trainer.v1.trainer_mode=synch", ["trainer.v1.trainer_mode='synch'", "did you mean sync?"]),
     ("critic.enable=False", ["critic.enable=False", "adv_estimator=grpo"]),
     ("critic.strategy=megatron", ["critic.strategy='megatron'", "fsdp2"]),
     ("distillation.enabled=True", ["distillation.enabled=True", "disable it"]),
