@@ -185,4 +185,5 @@ def check_checkpoint(path: str, num_critics: int) -> None:
 
 def _name_architecture(module: Any) -> None:
     """Name the class that a checkpoint really holds; it would else say the causal model it was started from."""
+    module = getattr(module, "_fsdp_wrapped_module", module)  # FSDP1 wraps, FSDP2 renames the class
     module.config.architectures = [type(module).__name__.removeprefix("FSDP")]

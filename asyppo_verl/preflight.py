@@ -9,7 +9,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig, check_against_verl, notices
+from asyppo_verl.checks import check_against_verl, notices
+from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@
 #   RUN_DIR=...   where metrics.jsonl, checkpoints/ and log go (default runs/asyppo_cpu); an unfinished run is resumed
 #   TOY_DIR=...   where the toy task is kept (default .cache/asyppo_cpu)
 #   RANKS=2       data-parallel ranks
+#   MAIN=...      module to run (default verl.trainer.main_ppo; recipe.asyppo.main_asyppo is the explicit form)
 #   VERBOSE=1     show the whole log, not only the progress
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +20,7 @@ PYTHON=$PWD/.venv/bin/python
 RUN_DIR=$(realpath -m "${RUN_DIR:-runs/asyppo_cpu}")
 TOY_DIR=$(realpath -m "${TOY_DIR:-.cache/asyppo_cpu}")
 RANKS=${RANKS:-1}
+MAIN=${MAIN:-verl.trainer.main_ppo}
 STEPS=45
 
 export VERL_PLATFORM=cpu
@@ -110,5 +112,5 @@ RAY=(
 )
 
 "$PYTHON" -m recipe.asyppo.console "$RUN_DIR" ${VERBOSE:+--verbose} -- \
-    "$PYTHON" -m verl.trainer.main_ppo \
+    "$PYTHON" -m "$MAIN" \
     "${DATA[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${CRITIC[@]}" "${ALGO[@]}" "${TRAINER[@]}" "${RAY[@]}" "$@"

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from asyppo_verl.config import AsyPPOConfig, notices
+from asyppo_verl.checks import notices
+from asyppo_verl.config import AsyPPOConfig
 from asyppo_verl.preflight import critic_node, prepare, read_config
 
 

@@ -41,8 +41,9 @@ def check_weight_sync(steps: list[dict]) -> None:
     """vLLM samples with the trainer's weights of the same step: in fp32 both give the same probabilities."""
     for step in steps:
         assert step["training/rollout_probs_diff_max"] < 1e-4, "the rollout used stale weights"
-    # Otherwise the check above would prove nothing.
-    assert abs(steps[-1]["actor/ppo_kl"]) > 1e-3, "the policy hardly moved"
+    # Otherwise the check above would prove nothing: the updates before the last rollout moved the policy.
+    assert max(abs(step["actor/ppo_kl"]) for step in steps[:-1]) > 1e-3
+    assert all(step["actor/grad_norm"] > 0 for step in steps)
 
 
 def check_asyppo(steps: list[dict], num_critics: int = 2) -> None:
@@ -93,7 +94,10 @@ def test_checkpoint_and_resume(finished, root, toy):
 
 
 def test_two_ranks_three_responses_and_another_mode_of_everything(root, toy, tmp_path):
-    """Groups that two critics cannot share evenly, padded batches, remove-padding, offload, a larger second critic."""
+    """Groups that two critics cannot share evenly, padded batches, remove-padding, offload, a larger second critic.
+
+    Started by the explicit entry point, with verl's plugin discovery switched off.
+    """
     steps, _ = train(
         root,
         toy,
@@ -110,6 +114,8 @@ def test_two_ranks_three_responses_and_another_mode_of_everything(root, toy, tmp
         "+asyppo.critic_overrides.1.optim.lr=1e-4",
         "trainer.save_freq=-1",
         RANKS="2",
+        MAIN="recipe.asyppo.main_asyppo",
+        VERL_USE_EXTERNAL_PLUGINS="none",
     )
     assert len(steps) == 2
     check_asyppo(steps)
