@@ -80,6 +80,7 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     check_verl_version()
     asyppo = read_config(config)
     check_against_verl(config, asyppo)
+    _check_platform(config)
     _check_models(config, asyppo)
     for notice in notices(config, asyppo):
         logger.warning(notice)
@@ -95,6 +96,13 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     names = [name for name in modules.split(",") if name and name != PLUGIN_MODULE]
     OmegaConf.update(config, key, ",".join([*names, PLUGIN_MODULE]), force_add=True)
     return asyppo
+
+
+def _check_platform(config: DictConfig) -> None:
+    for key in ("actor_rollout_ref.actor.strategy", "critic.strategy"):
+        strategy = OmegaConf.select(config, key)
+        if os.environ.get("VERL_PLATFORM") == "cpu" and strategy == "fsdp":
+            raise ValueError(f"{key}='fsdp': torch's FSDP1 does not start on a CPU (VERL_PLATFORM=cpu); set fsdp2")
 
 
 def _check_models(config: DictConfig, asyppo: AsyPPOConfig) -> None:

@@ -2,7 +2,7 @@
 # Train AsyPPO end to end on a CPU: real verl, Ray, FSDP2 and vLLM, a small Qwen3 actor and two mini-critics that learn
 # two-digit addition. Everything is made here; only Python packages are downloaded.
 #
-#   Hardware  two cores, 8 GB of memory, no GPU, Linux
+#   Hardware  two cores, 10 GB of memory, no GPU, Linux
 #   Time      installation two minutes, toy task one minute (both once), training six to eight minutes
 #   Expect    reward from about 0.4 to 0.65 (exact answers, problems never seen before)
 #
@@ -13,19 +13,19 @@
 #   MAIN=...      module to run (default verl.trainer.main_ppo; recipe.asyppo.main_asyppo is the explicit form)
 #   VERBOSE=1     show the whole log, not only the progress
 set -euo pipefail
-cd "$(dirname "$0")/.."
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+RUN_DIR=$(realpath -m "${RUN_DIR:-$ROOT/runs/asyppo_cpu}")
+TOY_DIR=$(realpath -m "${TOY_DIR:-$ROOT/.cache/asyppo_cpu}")
+cd "$ROOT"
 bash scripts/install.sh
-PYTHON=$PWD/.venv/bin/python
-
-RUN_DIR=$(realpath -m "${RUN_DIR:-runs/asyppo_cpu}")
-TOY_DIR=$(realpath -m "${TOY_DIR:-.cache/asyppo_cpu}")
+PYTHON=$ROOT/.venv/bin/python
 RANKS=${RANKS:-1}
 MAIN=${MAIN:-verl.trainer.main_ppo}
 STEPS=45
 
 export VERL_PLATFORM=cpu
 export VLLM_CPU_KVCACHE_SPACE=1
-export PYTHONPATH=$PWD/asyppo_verl/cpu/startup${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$ROOT/asyppo_verl/cpu/startup${PYTHONPATH:+:$PYTHONPATH}
 [ -f "$TOY_DIR/made.json" ] || "$PYTHON" -m recipe.asyppo.make_toy "$TOY_DIR"
 
 DATA=(
@@ -36,7 +36,7 @@ DATA=(
     data.max_response_length=4
     data.dataloader_num_workers=0
     reward.num_workers=1
-    reward.custom_reward_function.path="$PWD/recipe/asyppo/toy_reward.py"
+    reward.custom_reward_function.path="$ROOT/recipe/asyppo/toy_reward.py"
 )
 FP32="{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
 ACTOR=(
