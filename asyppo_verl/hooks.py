@@ -22,9 +22,11 @@ def activate() -> None:
         return
     _is_active = True
     cpu_platform.activate()
+    wrapt.register_post_import_hook(_check_configurations, "verl.utils.config")
+    if not preflight.is_supported_verl():
+        return  # AsyPPO runs are refused by that check; nothing else of an unknown verl is touched
     for name, hook in (
         ("verl.trainer.ppo.utils", lambda module: wrapt.wrap_function_wrapper(module, "need_critic", _need_critic)),
-        ("verl.utils.config", lambda module: wrapt.wrap_function_wrapper(module, "validate_config", _validate_config)),
         ("verl.trainer.ppo.core_algos", lambda module: module.register_adv_est(ESTIMATOR)(_stop_wrong_trainer)),
         ("verl.trainer.ppo.v1", _register_trainers),
     ):
@@ -36,6 +38,11 @@ def activate() -> None:
 def is_active() -> bool:
     """True once the hooks are installed in this process."""
     return _is_active
+
+
+def _check_configurations(config_module: Any) -> None:
+    if hasattr(config_module, "validate_config"):
+        wrapt.wrap_function_wrapper(config_module, "validate_config", _validate_config)
 
 
 def _need_critic(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> bool:

@@ -61,12 +61,16 @@ def critic_node(config: DictConfig, asyppo: AsyPPOConfig, index: int) -> DictCon
     return merged.critic
 
 
+def is_supported_verl() -> bool:
+    """True if the installed verl is one that this package is tested with."""
+    return importlib.metadata.version("verl") in SUPPORTED_VERL
+
+
 def check_verl_version() -> None:
-    """Raises ValueError unless the installed verl is one this package is tested with."""
-    version = importlib.metadata.version("verl")
-    if version not in SUPPORTED_VERL:
+    """Raises ValueError unless the installed verl is one that this package is tested with."""
+    if not is_supported_verl():
         raise ValueError(
-            f"verl=={version} is not supported by asyppo_verl; install one of "
+            f"verl=={importlib.metadata.version('verl')} is not supported by asyppo_verl; install one of "
             + ", ".join(f"verl=={supported}" for supported in SUPPORTED_VERL)
         )
 

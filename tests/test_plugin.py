@@ -72,6 +72,27 @@ def test_asyppo_reaching_verls_own_trainer_stops_with_an_explanation():
     assert run.returncode and "asyppo plugin was not active" in run.stderr and "asyppo_verl.doctor" in run.stderr
 
 
+def test_an_unknown_verl_is_left_alone_but_does_not_train_asyppo():
+    run = python(
+        """
+import importlib.metadata as metadata
+import sys
+version = metadata.version
+metadata.version = lambda package: "0.10.0" if package == "verl" else version(package)
+import verl
+from omegaconf import OmegaConf
+from verl.trainer.ppo.utils import need_critic
+from verl.trainer.ppo.v1 import trainer_base
+from verl.utils.config import validate_config
+assert not hasattr(need_critic, "__wrapped__") and "asyppo_verl.trainer" not in sys.modules
+assert sorted(trainer_base.TRAINER_REGISTRY) == ["colocate_async", "separate_async", "sync"]
+validate_config(OmegaConf.create({"algorithm": {"adv_estimator": "asyppo"}}), False, False)
+""",
+        VERL_PLATFORM="",
+    )
+    assert run.returncode and "verl==0.10.0 is not supported by asyppo_verl" in run.stderr, run.stderr
+
+
 @pytest.fixture
 def broken_wrapt(tmp_path):
     """A folder that makes the plugin's imports fail."""
