@@ -4,7 +4,7 @@
 #
 #   Hardware  two cores, 10 GB of memory, no GPU, Linux
 #   Time      installation two minutes, toy task one minute (both once), training six to eight minutes
-#   Expect    reward from about 0.4 to 0.65 (exact answers, problems never seen before)
+#   Expect    reward from about 0.4 to 0.65 (share of exact answers)
 #
 # Usage: bash scripts/run_asyppo_cpu.sh [any verl override], for example trainer.total_training_steps=4
 #   RUN_DIR=...   where metrics.jsonl, checkpoints/ and log go (default runs/asyppo_cpu); an unfinished run is resumed
