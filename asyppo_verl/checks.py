@@ -68,12 +68,11 @@ def _check_batch_sizes(config: Any, asyppo: AsyPPOConfig) -> None:
             "trainer.nnodes * trainer.n_gpus_per_node"
         )
     data_parallel = ranks // sequence_parallel
-    shards = 1 if asyppo.shard == "none" else num_critics
-    unit = shards * data_parallel * (1 if config.critic.use_dynamic_bsz else (micro_batch or 1))
+    unit = asyppo.num_shards * data_parallel * (1 if config.critic.use_dynamic_bsz else (micro_batch or 1))
     if responses % unit:
         raise ValueError(
             f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
-            f"{shards} shards x {data_parallel} data-parallel ranks"
+            f"{asyppo.num_shards} shards x {data_parallel} data-parallel ranks"
             + ("" if config.critic.use_dynamic_bsz else f" x critic.ppo_micro_batch_size_per_gpu={micro_batch}")
             + f"; make the product of the first two a multiple of {unit}"
         )

@@ -84,6 +84,11 @@ class AsyPPOConfig:
             raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
         self._check_overrides()
 
+    @property
+    def num_shards(self) -> int:
+        """Into how many disjoint parts the responses are dealt: M, or 1 where every critic trains on all of them."""
+        return 1 if self.shard == "none" else self.num_critics
+
     def _require_type(self, key: str, kind: type | tuple[type, ...], name: str) -> None:
         value = getattr(self, key)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -147,5 +152,4 @@ def shard_mini_batch_size(config: Any, asyppo: AsyPPOConfig) -> int:
     A critic that trains on 1/M of the batch takes mini-batches of 1/M of ``critic.ppo_mini_batch_size * rollout.n``, so
     that it makes as many optimizer steps as verl's critic does.
     """
-    responses = config.critic.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
-    return responses if asyppo.shard == "none" else responses // asyppo.num_critics
+    return config.critic.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // asyppo.num_shards

@@ -103,7 +103,7 @@ class AsyPPOMixin(_Base):
 
     @property
     def _train_on_everything(self) -> bool:
-        return self.asyppo.shard == "none" or self.asyppo.num_critics == 1
+        return self.asyppo.num_shards == 1
 
     @property
     def _mini_batch_size(self) -> int:
@@ -159,15 +159,14 @@ class AsyPPOMixin(_Base):
         with self._adv_estimator("gae"):
             batch = super()._compute_advantage(batch, metrics)
         evaluation = self._evaluation
-        rewards = "token_level_rewards" if self.config.algorithm.use_kl_in_reward else "rm_scores"
-        responses = batch_io.fetch(batch, "response_mask", "advantages", "returns", rewards)
+        responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
         assert responses.keys == evaluation.keys, "the batch changed between values and advantages"
         is_response_N = responses["response_mask"].bool()
         returns_N, advantages_N = responses["returns"], responses["advantages"]
         changed = {}
 
         if self.asyppo.critic_lam != self.config.algorithm.lam:
-            changed["returns"] = returns_N = self._critic_target(responses, rewards)
+            changed["returns"] = returns_N = self._critic_target(batch)
         keep_adv_N = asyppo.keep_advantage(evaluation.sigma_N, is_response_N, fraction=self.asyppo.adv_mask_fraction)
         keep_ent_N = asyppo.keep_entropy(
             evaluation.sigma_N, is_response_N, fraction=self.asyppo.entropy_filter_fraction
@@ -186,8 +185,10 @@ class AsyPPOMixin(_Base):
         batch.fields = [field for field in fields if not field.startswith(VALUE_PREFIX)]
         return batch
 
-    def _critic_target(self, responses: batch_io.Responses, rewards: str) -> Tensor:
+    def _critic_target(self, batch: KVBatchMeta) -> Tensor:
         """The lambda-return of the mean value with the critics' own lambda, by verl's GAE."""
+        rewards = "token_level_rewards" if self.config.algorithm.use_kl_in_reward else "rm_scores"
+        responses = batch_io.fetch(batch, "response_mask", rewards)
         _, target_BT = compute_gae_advantage_return(
             token_level_rewards=responses.padded(responses[rewards]),
             values=responses.padded(self._evaluation.value_N),
