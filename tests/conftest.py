@@ -37,6 +37,15 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(root: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Run folder, metrics and terminal output of a run of two steps on one rank; copy the folder before changing it."""
+    from training import train
+
+    run_dir = tmp_path_factory.mktemp("run") / "one"
+    return run_dir, *train(root, toy, run_dir, "trainer.total_training_steps=2", "trainer.save_freq=1")
+
+
 @pytest.fixture
 def compose(toy: Path):
     """Compose verl's configuration for AsyPPO on the toy task, with overrides."""

@@ -1,41 +1,13 @@
 """Whole training runs on the CPU: real verl, Ray, FSDP2 and vLLM, started the way the README says."""
 
-import json
 import math
-import os
 import re
-import subprocess
-from pathlib import Path
+import shutil
 
 import pytest
+from training import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
-
-SMALL = [
-    "data.train_batch_size=16",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-    "actor_rollout_ref.rollout.n=4",
-    # Large steps, so that stale rollout weights could not go unnoticed.
-    "actor_rollout_ref.actor.optim.lr=2e-3",
-]
-
-
-def train(root: Path, toy: Path, run_dir: Path, *overrides: str, **environment: str) -> tuple[list[dict], str]:
-    """Run the CPU script; returns the metrics of every step and what the terminal showed."""
-    env = {**os.environ, "RUN_DIR": str(run_dir), "TOY_DIR": str(toy), **environment}
-    run = subprocess.run(
-        ["bash", str(root / "scripts/run_asyppo_cpu.sh"), *SMALL, *overrides],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines]
-    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
-    return [line["data"] for line in steps], run.stdout
-
 
 def check_weight_sync(steps: list[dict]) -> None:
     """vLLM samples with the trainer's weights of the same step: in fp32 both give the same probabilities."""
@@ -58,13 +30,6 @@ def check_asyppo(steps: list[dict], num_critics: int = 2) -> None:
         assert all(value is not None and math.isfinite(value) for value in step.values())
 
 
-@pytest.fixture(scope="module")
-def finished(root, toy, tmp_path_factory):
-    """A run of two steps on one rank."""
-    run_dir = tmp_path_factory.mktemp("run") / "one"
-    return run_dir, *train(root, toy, run_dir, "trainer.total_training_steps=2", "trainer.save_freq=1")
-
-
 def test_one_rank(finished):
     _, steps, shown = finished
     assert len(steps) == 2
@@ -82,8 +47,10 @@ def test_every_metric_has_a_row_in_the_readme_and_no_row_is_stale(finished, root
     assert not [key for key in logged if "min" in key or "max" in key], "verl would reduce these keys with min or max"
 
 
-def test_checkpoint_and_resume(finished, root, toy):
-    run_dir, first, _ = finished
+def test_checkpoint_and_resume(finished, root, toy, tmp_path):
+    finished_dir, first, _ = finished
+    run_dir = tmp_path / "resumed"
+    shutil.copytree(finished_dir, run_dir)
     kept = run_dir / "checkpoints" / "global_step_2"
     assert sorted(path.name for path in (kept / "critic").iterdir()) == ["critic_0", "critic_1"]
     assert not list((run_dir / "checkpoints/global_step_1/critic").glob("critic_*/*.pt")), "max_critic_ckpt_to_keep=1"
