@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 TORCH=$(sed -n 's/^torch==//p' requirements-cpu.txt)
-WANTED=$(cat requirements-cpu.txt requirements-dev.txt setup.cfg pyproject.toml | sha256sum | cut -d' ' -f1)
+WANTED=$(cat scripts/install.sh requirements-cpu.txt requirements-dev.txt setup.cfg pyproject.toml | sha256sum | cut -d' ' -f1)
 STAMP=.venv/installed
 [ "$(cat "$STAMP" 2>/dev/null)" = "$WANTED" ] && exit 0
 
@@ -30,6 +30,8 @@ fi
 echo "install: verl, vLLM, Ray and the rest, pinned (about two minutes)"
 pip_install --no-deps -r requirements-cpu.txt
 pip_install --no-deps -r requirements-dev.txt
+# The older of the two supported releases, beside the newer one: tests/test_older_verl.py puts it first on the path.
+pip_install --no-deps --upgrade --target .venv/verl-0.9.0 verl==0.9.0
 echo "install: asyppo_verl itself, editable"
 pip_install --no-deps --no-build-isolation --editable .
 echo "$WANTED" > "$STAMP"

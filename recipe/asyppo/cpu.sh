@@ -5,7 +5,8 @@
 RANKS=${RANKS:-1}
 export VERL_PLATFORM=cpu
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-export PYTHONPATH=$ROOT/asyppo_verl/cpu/startup${PYTHONPATH:+:$PYTHONPATH}
+STARTUP=$("$PYTHON" -c 'import asyppo_verl.cpu as cpu; print(cpu.__path__[0] + "/startup")')
+export PYTHONPATH=$STARTUP${PYTHONPATH:+:$PYTHONPATH}
 
 FP32="{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
 CPU=(

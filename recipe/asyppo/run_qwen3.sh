@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# The Qwen3 recipe: AsyPPO and its three baselines, everything else equal. Started by scripts/run_asyppo_qwen3_*.sh, which
+# set the sizes; to run it for other models, set ACTOR_MODEL and CRITIC_MODEL yourself. The settings and their sources are
+# a table in recipe/asyppo/README.md.
+#
+#   ALGO=asyppo            PPO with NUM_CRITICS mini-critics (the default)
+#   ALGO=ppo               symmetric PPO: one critic of the actor's size
+#   ALGO=ppo_small_critic  naive asymmetric PPO: one critic of a mini-critic's size
+#   ALGO=grpo              no critic
+#
+# Usage: ALGO=... NNODES=... N_GPUS=... bash scripts/run_asyppo_qwen3_4b.sh [any verl override]
+# With VERL_PLATFORM=cpu the same file trains small models on a CPU.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+NAME=${NAME:-qwen3}
+ALGO=${ALGO:-asyppo}
+RUN_DIR=$(realpath -m "${RUN_DIR:-$ROOT/runs/${NAME}_$ALGO}") # on several nodes: on storage that all of them see
+DATA_DIR=$(realpath -m "${DATA_DIR:-$ROOT/data/asyppo}")      # written by python -m recipe.asyppo.prepare_data
+cd "$ROOT"
+
+NNODES=${NNODES:-1}
+N_GPUS=${N_GPUS:-8}
+PROMPTS=${PROMPTS:-32} # 32 prompts x 32 responses = 1024
+N=${N:-32}
+MAX_PROMPT=${MAX_PROMPT:-1024}
+MAX_RESPONSE=${MAX_RESPONSE:-8192}
+ACTOR_MODEL=${ACTOR_MODEL:?the actor: a folder or hub repository in Hugging Face format}
+CRITIC_MODEL=${CRITIC_MODEL:?the mini-critics: a folder or hub repository in Hugging Face format}
+TRAIN_FILES=${TRAIN_FILES:-$DATA_DIR/train/deepmath.parquet}
+VAL_FILES=${VAL_FILES:-$(printf '%s,' "$DATA_DIR"/eval/*.parquet)}
+LOGGER=${LOGGER:-console,file} # add wandb, tensorboard, ...
+
+[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python || PYTHON=python3; }
+CPU=()
+if [ "${VERL_PLATFORM:-}" = cpu ]; then
+    RANKS=$N_GPUS
+    source recipe/asyppo/cpu.sh
+fi
+
+case $ALGO in
+    asyppo) ALGORITHM=(algorithm.adv_estimator=asyppo +asyppo.num_critics="${NUM_CRITICS:-2}") ;;
+    ppo) ALGORITHM=(algorithm.adv_estimator=gae) CRITIC_MODEL=$ACTOR_MODEL ;;
+    ppo_small_critic) ALGORITHM=(algorithm.adv_estimator=gae) ;;
+    grpo) ALGORITHM=(algorithm.adv_estimator=grpo critic.enable=False) ;;
+    *)
+        echo "ALGO=$ALGO is unknown; set asyppo, ppo, ppo_small_critic or grpo" >&2
+        exit 2
+        ;;
+esac
+
+DATA=(
+    data.train_files="[$TRAIN_FILES]"
+    data.val_files="[${VAL_FILES%,}]"
+    data.train_batch_size="$PROMPTS"
+    data.max_prompt_length="$MAX_PROMPT"
+    data.max_response_length="$MAX_RESPONSE"
+    data.filter_overlong_prompts=True
+    data.truncation=error
+    reward.custom_reward_function.path="${REWARD:-$ROOT/recipe/asyppo/math_reward.py}"
+)
+MODEL=(
+    actor_rollout_ref.model.path="$ACTOR_MODEL"
+    actor_rollout_ref.model.use_remove_padding=True
+    actor_rollout_ref.model.enable_gradient_checkpointing=True
+)
+ACTOR=(
+    actor_rollout_ref.actor.strategy=fsdp2
+    actor_rollout_ref.actor.optim.lr="${ACTOR_LR:-1e-6}"
+    # "UTD 4": four passes over the batch, one optimizer step each.
+    actor_rollout_ref.actor.ppo_mini_batch_size="$PROMPTS"
+    actor_rollout_ref.actor.ppo_epochs=4
+    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
+    actor_rollout_ref.actor.clip_ratio=0.2
+    actor_rollout_ref.actor.use_kl_loss=False
+    actor_rollout_ref.actor.entropy_coeff=0.001
+    actor_rollout_ref.actor.use_dynamic_bsz=True
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu="${ACTOR_TOKENS:-18432}"
+    actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size="${ACTOR_SP:-1}"
+    actor_rollout_ref.actor.fsdp_config.param_offload="${ACTOR_OFFLOAD:-False}"
+    actor_rollout_ref.actor.fsdp_config.optimizer_offload="${ACTOR_OFFLOAD:-False}"
+    # The logits of a vocabulary of 151,936 are the largest tensor of a step: never hold their float32 copy whole.
+    actor_rollout_ref.actor.fsdp_config.entropy_from_logits_with_chunking=True
+    actor_rollout_ref.actor.fsdp_config.entropy_checkpointing=True
+)
+ROLLOUT=(
+    actor_rollout_ref.rollout.name=vllm
+    actor_rollout_ref.rollout.n="$N"
+    actor_rollout_ref.rollout.temperature=1.0
+    actor_rollout_ref.rollout.tensor_model_parallel_size="${ROLLOUT_TP:-1}"
+    actor_rollout_ref.rollout.gpu_memory_utilization="${GPU_MEMORY_UTILIZATION:-0.6}"
+    actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu="${LOG_PROB_TOKENS:-36864}"
+    # Logs how far the rollout's probabilities are from the trainer's.
+    actor_rollout_ref.rollout.calculate_log_probs=True
+    actor_rollout_ref.rollout.val_kwargs.n=4
+    actor_rollout_ref.rollout.val_kwargs.do_sample=True
+    actor_rollout_ref.rollout.val_kwargs.temperature=0.6
+    actor_rollout_ref.rollout.val_kwargs.top_p=0.95
+)
+CRITIC=(
+    critic.strategy=fsdp2
+    critic.model.path="$CRITIC_MODEL"
+    critic.model.use_remove_padding=True
+    critic.model.enable_gradient_checkpointing=True
+    critic.optim.lr="${CRITIC_LR:-5e-6}"
+    critic.use_dynamic_bsz=True
+    critic.ppo_max_token_len_per_gpu="${CRITIC_TOKENS:-36864}"
+    critic.fsdp.fsdp_size="${CRITIC_FSDP_SIZE:--1}"
+    critic.fsdp.ulysses_sequence_parallel_size="${CRITIC_SP:-1}"
+    critic.fsdp.param_offload="${CRITIC_OFFLOAD:-False}"
+    critic.fsdp.optimizer_offload="${CRITIC_OFFLOAD:-False}"
+)
+ALGORITHM+=(
+    algorithm.gamma=1.0
+    algorithm.lam=1.0
+    algorithm.use_kl_in_reward=False
+)
+TRAINER=(
+    trainer.nnodes="$NNODES"
+    trainer.n_gpus_per_node="$N_GPUS"
+    # 5,000 problems at 32 a step: two passes over the data.
+    trainer.total_training_steps="${STEPS:-312}"
+    trainer.save_freq="${SAVE_FREQ:-50}"
+    trainer.test_freq="${TEST_FREQ:-25}"
+    trainer.val_before_train="${VAL_BEFORE_TRAIN:-True}"
+    trainer.logger="[$LOGGER]"
+    trainer.project_name=asyppo_qwen3
+    trainer.experiment_name="$(basename "$RUN_DIR")"
+    trainer.default_local_dir="$RUN_DIR/checkpoints"
+    trainer.max_actor_ckpt_to_keep=2
+    trainer.max_critic_ckpt_to_keep=2
+    hydra.run.dir="$RUN_DIR/hydra"
+    # The trainer may run on another node of a Ray cluster that knows nothing of this shell's variables.
+    +ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH="$RUN_DIR/metrics.jsonl"
+)
+
+"$PYTHON" -m recipe.asyppo.console "$RUN_DIR" ${VERBOSE:+--verbose} -- \
+    "$PYTHON" -m verl.trainer.main_ppo "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${CRITIC[@]}" \
+    "${ALGORITHM[@]}" "${TRAINER[@]}" ${CPU[@]+"${CPU[@]}"} "$@"

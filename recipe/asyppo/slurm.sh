@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Run a training script on several nodes under Slurm: a Ray cluster over the job's nodes, then the script on the first.
+#
+#   sbatch --nodes=2 recipe/asyppo/slurm.sh scripts/run_asyppo_qwen3_14b.sh [any verl override]
+#
+# Submit from the root of the repository, on storage that all nodes see, in the environment that asyppo_verl is installed
+# in. Set ALGO, RUN_DIR and so on before sbatch. When the script ends, the cluster ends with it.
+#SBATCH --job-name=asyppo
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+export NNODES=${SLURM_JOB_NUM_NODES:?start this with sbatch}
+export N_GPUS=${N_GPUS:-${SLURM_GPUS_ON_NODE:-8}}
+PORT=${RAY_PORT:-6379}
+PYTHON=${PYTHON:-python3}
+RAY=("$PYTHON" -m ray.scripts.scripts)
+# Without a token, a Ray cluster runs any code that anybody on its network sends.
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$("$PYTHON" -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
+mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+ON_NODE=(srun --nodes=1 --ntasks=1 --overlap)
+start_ray() { # node, then arguments of ray start
+    "${ON_NODE[@]}" --nodelist="$1" "${RAY[@]}" start --block --disable-usage-stats --num-gpus="$N_GPUS" \
+        ${SLURM_CPUS_ON_NODE:+--num-cpus="$SLURM_CPUS_ON_NODE"} "${@:2}" &
+    RAY_PIDS+=($!)
+}
+RAY_PIDS=()
+trap '[ ${#RAY_PIDS[@]} = 0 ] || kill "${RAY_PIDS[@]}" 2>/dev/null || true; wait' EXIT
+
+HEAD=$("${ON_NODE[@]}" --nodelist="${NODES[0]}" hostname --ip-address | awk '{print $1}')
+ADDRESS=$HEAD:$PORT
+start_ray "${NODES[0]}" --head --node-ip-address="$HEAD" --port="$PORT" --include-dashboard=false
+for attempt in $(seq 60); do
+    "${RAY[@]}" health-check --address "$ADDRESS" 2>/dev/null && break
+    [ "$attempt" -lt 60 ] || { echo "slurm.sh: the head of the Ray cluster does not answer at $ADDRESS" >&2; exit 1; }
+    sleep 2
+done
+for node in "${NODES[@]:1}"; do
+    start_ray "$node" --address="$ADDRESS"
+done
+
+# verl gives up at once when GPUs are missing, so wait until every node has joined.
+"$PYTHON" - "$ADDRESS" $((NNODES * N_GPUS)) <<'WAIT'
+import sys, time
+import ray
+
+address, wanted = sys.argv[1], int(sys.argv[2])
+ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+deadline = time.monotonic() + 300
+while (found := int(ray.cluster_resources().get("GPU", 0))) < wanted:
+    if time.monotonic() > deadline:
+        sys.exit(f"slurm.sh: only {found} of {wanted} GPUs joined the Ray cluster {address} within five minutes")
+    time.sleep(1)
+print(f"Ray cluster {address}: {found} GPUs on {len(ray.nodes())} nodes")
+WAIT
+export RAY_ADDRESS=$ADDRESS
+bash "$@"

@@ -1,0 +1,215 @@
+"""The recipe's scripts: every one is a valid verl configuration, and the same files train small models here."""
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from hydra import compose, initialize_config_module
+
+SIZES = ("4b", "8b", "14b")
+ALGORITHMS = {
+    # ALGO: (adv_estimator, has a critic, critic as large as the actor)
+    "asyppo": ("asyppo", True, False),
+    "ppo": ("gae", True, True),
+    "ppo_small_critic": ("gae", True, False),
+    "grpo": ("grpo", False, False),
+}
+SMALL = {
+    "VERL_PLATFORM": "cpu",
+    "PROMPTS": "16",
+    "N": "4",
+    "MAX_PROMPT": "16",
+    "MAX_RESPONSE": "4",
+    "N_GPUS": "1",
+    "ACTOR_LR": "2e-3",
+    "CRITIC_LR": "1e-3",
+    "VAL_BEFORE_TRAIN": "False",
+    "TEST_FREQ": "-1",
+    "SAVE_FREQ": "-1",
+    "STEPS": "1",
+}
+
+
+def environment(root: Path, toy: Path, **variables: str) -> dict[str, str]:
+    """What makes a recipe script train the toy task; without VERL_PLATFORM, which a GPU run does not set."""
+    outer = {key: value for key, value in os.environ.items() if key != "VERL_PLATFORM"}
+    return {
+        **outer,
+        "ACTOR_MODEL": f"{toy}/actor",
+        "CRITIC_MODEL": f"{toy}/critic",
+        "TRAIN_FILES": f"{toy}/train.parquet",
+        "VAL_FILES": f"{toy}/test.parquet",
+        "REWARD": f"{root}/recipe/asyppo/toy_reward.py",
+        "PYTHON": f"{root}/.venv/bin/python",
+        **variables,
+    }
+
+
+def command_of(root: Path, size: str, tmp_path: Path, env: dict[str, str], *overrides: str) -> list[str]:
+    """The overrides with which a size's script starts verl."""
+    return recorded(root / f"scripts/run_asyppo_qwen3_{size}.sh", tmp_path, env, *overrides)
+
+
+def recorded(script: Path, tmp_path: Path, env: dict[str, str], *overrides: str) -> list[str]:
+    """The overrides with which a script starts verl, taken from a stand-in for the Python interpreter."""
+    recorder, record = tmp_path / "python", tmp_path / "command"
+    recorder.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {record}\n')
+    recorder.chmod(recorder.stat().st_mode | stat.S_IXUSR)
+    subprocess.run(
+        ["bash", str(script), *overrides],
+        env={**env, "PYTHON": str(recorder), "RUN_DIR": str(tmp_path / "run")},
+        check=True,
+    )
+    words = record.read_text().split("\0")[:-1]
+    assert words[:2] == ["-m", "recipe.asyppo.console"] and words[2] == str(tmp_path / "run")
+    return words[words.index("verl.trainer.main_ppo") + 1 :]
+
+
+def validated(overrides: list[str]):
+    """Compose and check a configuration as verl's and our own entry do; an override that does not exist raises."""
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    from asyppo_verl import preflight
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=[line for line in overrides if not line.startswith("hydra.")])
+    if preflight.is_asyppo(config):
+        preflight.prepare(config)
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    for node in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.critic):
+        omega_conf_to_dataclass(node)
+    return config
+
+
+@pytest.mark.parametrize("platform", ["", "cpu"])
+@pytest.mark.parametrize("gpu_gb", ["80", "141"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_script_is_a_valid_configuration(root, toy, tmp_path, size, algo, gpu_gb, platform):
+    env = environment(root, toy, ALGO=algo, GPU_GB=gpu_gb, **({"VERL_PLATFORM": platform} if platform else {}))
+    config = validated(command_of(root, size, tmp_path, env, "trainer.nnodes=1"))
+    estimator, has_critic, is_symmetric = ALGORITHMS[algo]
+    assert config.algorithm.adv_estimator == estimator
+    assert config.critic.enable == (True if algo == "asyppo" else None if has_critic else False)
+    assert config.critic.model.path == f"{toy}/{'actor' if is_symmetric else 'critic'}"
+    assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 1024
+    assert config.trainer.device == (platform or "cuda")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_algorithms_differ_in_nothing_but_their_critics(root, toy, tmp_path, size):
+    def settings(algo: str) -> set[str]:
+        folder = tmp_path / algo
+        folder.mkdir()
+        lines = command_of(root, size, folder, environment(root, toy, ALGO=algo))
+        return {line.replace(str(folder), "") for line in lines}
+
+    commands = {algo: settings(algo) for algo in ALGORITHMS}
+    shared = set.intersection(*commands.values())
+    for algo, lines in commands.items():
+        own = {line.lstrip("+").split("=")[0] for line in lines - shared}
+        assert all(key.startswith(("algorithm.adv_estimator", "asyppo.", "critic.")) for key in own), (algo, own)
+
+
+def test_an_override_that_does_not_exist_is_refused(root, toy, tmp_path):
+    with pytest.raises(Exception, match="no_such_key"):
+        validated(command_of(root, "4b", tmp_path, environment(root, toy), "critic.no_such_key=1"))
+
+
+def test_the_recipe_folder_stands_on_its_own(root, toy, tmp_path):
+    """In verl's repository recipes lie in verl/recipe; the folder needs nothing else of this one but the plugin."""
+    recipe = tmp_path / "verl/recipe/asyppo"
+    shutil.copytree(root / "recipe/asyppo", recipe)
+    lines = recorded(recipe / "run_qwen3.sh", tmp_path, environment(root, toy))
+    assert f"reward.custom_reward_function.path={root}/recipe/asyppo/toy_reward.py" in lines
+    assert validated(lines).algorithm.adv_estimator == "asyppo"
+
+
+def test_an_unknown_algorithm_is_refused(root, toy):
+    run = subprocess.run(
+        ["bash", str(root / "scripts/run_asyppo_qwen3_4b.sh")],
+        env=environment(root, toy, ALGO="pppo"),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and "ALGO=pppo is unknown; set asyppo, ppo, ppo_small_critic or grpo" in run.stderr
+
+
+def steps_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line)["data"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_script(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    return run
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("size", "algo"), [("8b", "grpo"), ("14b", "ppo")])
+def test_a_baseline_trains(root, toy, tmp_path, size, algo):
+    env = environment(root, toy, **SMALL, ALGO=algo, RUN_DIR=str(tmp_path / algo))
+    run_script(["bash", str(root / f"scripts/run_asyppo_qwen3_{size}.sh")], env)
+    (step,) = steps_of(tmp_path / algo)
+    assert not [key for key in step if key.startswith("asyppo/")]
+    assert ("critic/vf_loss" in step) == (algo == "ppo")
+    assert step["actor/grad_norm"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
+
+
+SHIMS = {
+    # Slurm's commands, for a machine without Slurm: a step on a node is a process here.
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "scontrol": 'printf "first\\nsecond\\n"',
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_two_ray_nodes_under_slurm(root, toy, tmp_path):
+    """The Slurm script starts two Ray nodes with one rank each, trains AsyPPO across them, and ends them."""
+    shims, ray_dir = tmp_path / "bin", Path(tempfile.mkdtemp(prefix="ray-"))
+    shims.mkdir()
+    for name, body in SHIMS.items():
+        (shims / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (shims / name).chmod(0o755)
+    env = environment(
+        root,
+        toy,
+        **SMALL,
+        PATH=f"{shims}:{os.environ['PATH']}",
+        PYTHONPATH=f"{root}/asyppo_verl/cpu/startup",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        RAY_TMPDIR=str(ray_dir),
+        RAY_PORT=str(free_port()),
+        RUN_DIR=str(tmp_path / "nodes"),
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="node[1-2]",
+        SLURM_CPUS_ON_NODE="32",
+    )
+    try:
+        run = run_script(
+            ["bash", str(root / "recipe/asyppo/slurm.sh"), str(root / "scripts/run_asyppo_qwen3_4b.sh")], env
+        )
+        left = [p for p in psutil.process_iter(["cmdline"]) if str(ray_dir) in " ".join(p.info["cmdline"] or [])]
+        assert not left, "the Ray cluster outlived the job"
+    finally:
+        shutil.rmtree(ray_dir, ignore_errors=True)
+    assert "2 GPUs on 2 nodes" in run.stdout
+    (step,) = steps_of(tmp_path / "nodes")
+    assert step["asyppo/critic_0/responses"] + step["asyppo/critic_1/responses"] == 64
+    assert step["asyppo/sigma/mean"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
