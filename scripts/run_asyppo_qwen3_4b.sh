@@ -1,16 +1,29 @@
 #!/usr/bin/env bash
 # Train Qwen3-4B-Base on 5,000 DeepMath problems with AsyPPO: two mini-critics of 0.6 billion parameters.
 #
-#   Hardware  one node of 8 GPUs with 80 GB (GPU_GB=141 for 141 GB), 1 TB of memory; more nodes with NNODES
-#   Memory    @MEM80@ GiB a GPU at the peak, as planned by python -m asyppo_verl.plan
-#   Time      not measured by us on this hardware
-#   Expect    the paper reports more than 6 points over symmetric PPO (average of six benchmarks, avg@4); not reproduced by us
+#   Hardware  one node of 8 GPUs with 80 GB (GPU_GB=80, the default) or 141 GB (GPU_GB=141); NNODES for more than one
+#   Memory    80 GB cards: 67 GiB, 141 GB cards: 117 GiB at the peak of all four algorithms (planned: python -m asyppo_verl.plan)
+#   Time      8 H100: 33 h, 8 H200: 30 h for 312 steps (estimates of the same plan, not measured)
+#   Expect    the paper reports more than 6 points over symmetric PPO (mean of six benchmarks, avg@4); not reproduced by us
 #
-# Before: python -m recipe.asyppo.prepare_data
-# Usage:  ALGO=asyppo|ppo|ppo_small_critic|grpo bash scripts/run_asyppo_qwen3_4b.sh [any verl override]
-# Settings and their sources: recipe/asyppo/README.md. Every variable: recipe/asyppo/run_qwen3.sh.
+# Before:  python -m recipe.asyppo.prepare_data
+# Usage:   ALGO=asyppo|ppo|ppo_small_critic|grpo bash scripts/run_asyppo_qwen3_4b.sh [any verl override]
+# Settings and their sources: recipe/asyppo/README.md. All variables: recipe/asyppo/run_qwen3.sh.
 set -euo pipefail
 NAME=${NAME:-qwen3_4b}
 ACTOR_MODEL=${ACTOR_MODEL:-Qwen/Qwen3-4B-Base}
 CRITIC_MODEL=${CRITIC_MODEL:-Qwen/Qwen3-0.6B-Base}
+case ${GPU_GB:-80} in
+    80)
+        GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.7}
+        ;;
+    141)
+        ACTOR_TOKENS=${ACTOR_TOKENS:-36864} LOG_PROB_TOKENS=${LOG_PROB_TOKENS:-73728}
+        GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.75}
+        ;;
+    *)
+        echo "GPU_GB=$GPU_GB has no memory plan; set 80 or 141, and adapt with the variables of recipe/asyppo/run_qwen3.sh" >&2
+        exit 2
+        ;;
+esac
 source "$(dirname "$0")/../recipe/asyppo/run_qwen3.sh"

@@ -1,17 +1,20 @@
 """The recipe's scripts: every one is a valid verl configuration, and the same files train small models here."""
 
 import json
+import math
 import os
 import shutil
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 SIZES = ("4b", "8b", "14b")
 ALGORITHMS = {
@@ -117,6 +120,43 @@ def test_the_algorithms_differ_in_nothing_but_their_critics(root, toy, tmp_path,
     for algo, lines in commands.items():
         own = {line.lstrip("+").split("=")[0] for line in lines - shared}
         assert all(key.startswith(("algorithm.adv_estimator", "asyppo.", "critic.")) for key in own), (algo, own)
+
+
+MODELS = {"4b": ("4b", "0.6b"), "8b": ("8b", "1.7b"), "14b": ("14b", "4b")}
+PLANNED = {
+    # how asyppo_verl.plan calls a setting of verl
+    "actor_tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "log_prob_tokens": "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+    "critic_tokens": "critic.ppo_max_token_len_per_gpu",
+    "value_tokens": "critic.forward_max_token_len_per_gpu",
+    "gpu_memory_utilization": "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "tensor_parallel": "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_offload": "actor_rollout_ref.actor.fsdp_config.param_offload",
+    "critic_offload": "critic.fsdp.param_offload",
+    "prompts": "data.train_batch_size",
+    "responses": "actor_rollout_ref.rollout.n",
+    "prompt_length": "data.max_prompt_length",
+    "response_length": "data.max_response_length",
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("gpu_gb", "hardware"), [("80", "h100"), ("141", "h200")])
+def test_the_memory_plans_fit_and_are_those_of_the_header(root, toy, tmp_path, size, gpu_gb, hardware):
+    config = validated(command_of(root, size, tmp_path, environment(root, toy, GPU_GB=gpu_gb)))
+    command = [sys.executable, "-m", "asyppo_verl.plan", "--json", "--hardware", hardware]
+    command += ["--actor", MODELS[size][0], "--critic", MODELS[size][1]]
+    for name, key in PLANNED.items():
+        value = OmegaConf.select(config, key)
+        option = "--" + name.replace("_", "-")
+        command += [option] * value if isinstance(value, bool) else [option, str(value)]
+    plans = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["algorithms"]
+    assert set(plans) == set(ALGORITHMS) and all(plan["fits"] for plan in plans.values())
+    header = (root / f"scripts/run_asyppo_qwen3_{size}.sh").read_text().split("set -euo")[0]
+    peak = max(plan["peak_gib"] for plan in plans.values())
+    assert f"{gpu_gb} GB cards: {math.ceil(peak)} GiB" in header
+    seconds = sum(plans["asyppo"]["seconds_estimate"].values())
+    assert f"8 {hardware.upper()}: {round(312 * seconds / 3600)} h" in header
 
 
 def test_an_override_that_does_not_exist_is_refused(root, toy, tmp_path):

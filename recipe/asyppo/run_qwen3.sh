@@ -20,6 +20,8 @@ cd "$ROOT"
 
 NNODES=${NNODES:-1}
 N_GPUS=${N_GPUS:-8}
+# On several nodes a critic is sharded inside a node and replicated across them: it is small, and links are slower.
+CRITIC_FSDP_SIZE=${CRITIC_FSDP_SIZE:-$([ "$NNODES" -gt 1 ] && [ "$N_GPUS" -gt 1 ] && echo "$N_GPUS" || echo -1)}
 PROMPTS=${PROMPTS:-32} # 32 prompts x 32 responses = 1024
 N=${N:-32}
 MAX_PROMPT=${MAX_PROMPT:-1024}
@@ -104,7 +106,7 @@ CRITIC=(
     critic.optim.lr="${CRITIC_LR:-5e-6}"
     critic.use_dynamic_bsz=True
     critic.ppo_max_token_len_per_gpu="${CRITIC_TOKENS:-36864}"
-    critic.fsdp.fsdp_size="${CRITIC_FSDP_SIZE:--1}"
+    critic.fsdp.fsdp_size="$CRITIC_FSDP_SIZE"
     critic.fsdp.ulysses_sequence_parallel_size="${CRITIC_SP:-1}"
     critic.fsdp.param_offload="${CRITIC_OFFLOAD:-False}"
     critic.fsdp.optimizer_offload="${CRITIC_OFFLOAD:-False}"
