@@ -1,6 +1,7 @@
 """Run folders: what an earlier run left is resumed or moved aside, never lost."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -70,3 +71,19 @@ def test_output_goes_to_the_log_and_a_failure_is_shown(tmp_path, capfd):
     assert "Training Progress: 50%" in shown.out and "noise" not in shown.out
     assert "it broke" in shown.err and str(tmp_path / "log") in shown.err
     assert "noise" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_command_line(tmp_path, root, verbose):
+    """Everything behind the first -- is the command, options and all; --verbose shows its output."""
+    ours = [str(tmp_path / "run"), *(["--verbose"] if verbose else [])]
+    command = [sys.executable, "-c", "import sys; print(sys.argv[1:])", "--", "--verbose"]
+    run = subprocess.run(
+        [sys.executable, "-m", "recipe.asyppo.console", *ours, "--", *command],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("['--', '--verbose']" in run.stdout) == verbose
+    assert "--verbose" in (tmp_path / "run" / "log").read_text()

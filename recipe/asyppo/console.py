@@ -121,12 +121,14 @@ def summary(run_dir: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    usage = "python -m recipe.asyppo.console [-h] [--verbose] RUN_DIR -- COMMAND ..."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--verbose", action="store_true", help="show the whole log")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the training command")
-    arguments = parser.parse_args()
-    command = [part for index, part in enumerate(arguments.command) if index or part != "--"]
+    separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    arguments, command = parser.parse_args(sys.argv[1:separator]), sys.argv[separator + 1 :]
+    if not command:
+        parser.error("a training command must follow --")
     prepare(arguments.run_dir, command)
     try:
         code = run(arguments.run_dir, command, verbose=arguments.verbose)

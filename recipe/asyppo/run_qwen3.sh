@@ -32,7 +32,7 @@ TRAIN_FILES=${TRAIN_FILES:-$DATA_DIR/train/deepmath.parquet}
 VAL_FILES=${VAL_FILES:-$(printf '%s,' "$DATA_DIR"/eval/*.parquet)}
 LOGGER=${LOGGER:-console,file} # add wandb, tensorboard, ...
 
-[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python || PYTHON=python3; }
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 CPU=()
 if [ "${VERL_PLATFORM:-}" = cpu ]; then
     RANKS=$N_GPUS

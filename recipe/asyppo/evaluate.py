@@ -1,0 +1,121 @@
+"""Evaluate a model through verl's own validation: ``python -m recipe.asyppo.evaluate [--out DIR] TARGET OVERRIDES``.
+
+``scripts/evaluate.sh`` gives the overrides. Rollout engine, chat template and reward are those of training. The folder
+then holds ``results.md``, ``results.json``, ``samples.jsonl`` (every response) and ``log``; a finished one is kept.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+
+from recipe.asyppo import results
+from recipe.asyppo.checkpoints import Source, as_huggingface, locate
+from recipe.asyppo.console import run, setting
+
+COLUMNS = {"data_source", "prompt", "reward_model"}
+SETTINGS = {
+    "k": "actor_rollout_ref.rollout.val_kwargs.n",
+    "temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
+    "top_p": "actor_rollout_ref.rollout.val_kwargs.top_p",
+    "max_response_length": "data.max_response_length",
+    "max_problems": "data.val_max_samples",
+    "reward": "reward.custom_reward_function.path",
+    "files": "data.val_files",
+}
+
+
+def read_settings(overrides: list[str]) -> dict[str, str]:
+    """What decides on the figures, from verl's command line."""
+    return {name: value for name, key in SETTINGS.items() if (value := setting(overrides, key)) is not None}
+
+
+def count_problems(settings: dict[str, str]) -> int:
+    """How many problems verl will read from the files.
+
+    Raises:
+        ValueError: if a file is missing or is not in verl's schema.
+    """
+    if not Path(settings["reward"]).exists():
+        raise ValueError(f"reward.custom_reward_function.path={settings['reward']} does not exist; set REWARD")
+    total = 0
+    for name in filter(None, settings["files"].strip("[]").split(",")):
+        if not Path(name).exists():
+            raise ValueError(f"data.val_files: {name} does not exist; set VAL_FILES, or DATA_DIR to prepared data")
+        file = pyarrow.parquet.ParquetFile(name)
+        missing = COLUMNS - set(file.schema_arrow.names)
+        if missing:
+            raise ValueError(f"data.val_files: {name} has no column {sorted(missing)[0]}, which verl's schema wants")
+        total += file.metadata.num_rows
+    if not total:
+        raise ValueError(f"data.val_files={settings['files']} holds no problem; set VAL_FILES")
+    limit = int(settings.get("max_problems", -1))
+    return min(total, limit) if limit > 0 else total
+
+
+def generate(source: Source, out: Path, overrides: list[str], *, problems: int, verbose: bool) -> None:
+    """Let verl sample and score, then keep every response in ``samples.jsonl``."""
+    dump, log = out / "dump", out / "log"
+    shutil.rmtree(dump, ignore_errors=True)
+    with as_huggingface(source, out / "model", log) as model:
+        command = [sys.executable, "-m", "verl.trainer.main_ppo", f"actor_rollout_ref.model.path={model}"]
+        command += [*overrides, f"trainer.validation_data_dir={dump}", f"hydra.run.dir={out / 'hydra'}"]
+        code = run(out, command, verbose=verbose)
+    if code:
+        sys.exit(code)
+    samples = results.read_dump(dump / "0.jsonl")
+    results.check_complete(samples, problems=problems, k=int(setting(overrides, SETTINGS["k"]) or 1), log=log)
+    results.write(out / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    shutil.rmtree(dump)
+
+
+def evaluate(target: str, out: Path | None, overrides: list[str], *, verbose: bool = False) -> Path:
+    """Write the tables of ``target``; returns their folder. What is already there is not done again.
+
+    Raises:
+        ValueError: if something is missing, or the folder holds an evaluation of something else.
+    """
+    source, settings = locate(target), read_settings(overrides)
+    problems = count_problems(settings)
+    out = (out or source.default_out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    # How Ray is started has no part in the figures; on a CPU its folder is another one every time.
+    decisive = [part for part in overrides if "ray_kwargs" not in part]
+    request = {"target": source.path, "settings": settings, "overrides": decisive}
+    kept = out / "request.json"
+    if kept.exists() and json.loads(kept.read_text()) != request:
+        if (out / "samples.jsonl").exists():
+            raise ValueError(f"{out} holds another evaluation ({kept}); set OUT to another folder, or move it away")
+        print(f"starting afresh: {out} holds an unfinished evaluation with other settings")
+    results.write(kept, json.dumps(request, indent=2))
+    if (out / "samples.jsonl").exists():
+        print(f"the responses are already in {out}")
+    else:
+        generate(source, out, overrides, problems=problems, verbose=verbose)
+    figures = results.evaluate(results.read_lines(out / "samples.jsonl"))
+    table = {"target": source.path, "settings": settings, **figures}
+    results.write(out / "results.json", json.dumps(table, indent=1))
+    results.write(out / "results.md", results.markdown(table))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="where to write; default: evaluation/ in the run folder")
+    parser.add_argument("--verbose", action="store_true", help="show the whole log")
+    parser.add_argument("target", help="Hugging Face folder or hub name, checkpoint folder, or run folder")
+    parser.add_argument("overrides", nargs="*", help="verl overrides, which decide on data, sampling and hardware")
+    arguments = parser.parse_args()
+    try:
+        out = evaluate(arguments.target, arguments.out, arguments.overrides, verbose=arguments.verbose)
+    except ValueError as error:
+        sys.exit(f"evaluate: {error}")
+    print("\n" + (out / "results.md").read_text())
+    print(f"written to {out} (results.md, results.json, samples.jsonl, log)")
+
+
+if __name__ == "__main__":
+    main()

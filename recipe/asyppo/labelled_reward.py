@@ -1,0 +1,47 @@
+"""verl's own reward manager, with the reward of a response labelled by what an evaluation needs to know about it.
+
+Chosen by ``scripts/evaluate.sh`` through ``reward.reward_manager.source=importlib``.
+"""
+
+import hashlib
+import json
+
+from verl import DataProto
+from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+
+LABEL = "label"
+
+
+def problem_id(data_source: str, prompt: list[dict], ground_truth: object) -> str:
+    """Names a problem in the same way in every evaluation, whatever the model, its chat template and the file's order."""
+    text = json.dumps([data_source, prompt, ground_truth], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class LabelledRewardManager(NaiveRewardManager):
+    """Scores exactly as verl does; what the reward function returns goes into one label, next to benchmark and problem.
+
+    A label is a string, since verl spends a bootstrap in pure Python on every numeric entry of its validation.
+    """
+
+    async def run_single(self, data: DataProto) -> dict:
+        scored = await super().run_single(data)
+        item = data[-1]
+        response = item.batch["responses"]
+        response = response[: int(item.batch["attention_mask"][-len(response) :].sum())]
+        fields = item.non_tensor_batch
+        label = {
+            "benchmark": str(fields["data_source"]),
+            "problem": problem_id(
+                fields["data_source"], list(fields["raw_prompt"]), fields["reward_model"]["ground_truth"]
+            ),
+            "tokens": len(response),
+            # A response that the model ends itself ends with a special token, which is among its tokens.
+            "truncated": not (len(response) and int(response[-1]) in self.tokenizer.all_special_ids),
+            "reward": scored["reward_extra_info"],
+        }
+        return {**scored, "reward_extra_info": {LABEL: json.dumps(label, default=_plain)}}
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if hasattr(value, "tolist") else str(value)

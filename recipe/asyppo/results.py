@@ -1,0 +1,162 @@
+"""From sampled answers to a table: what ``scripts/evaluate.sh`` writes and ``scripts/compare.sh`` reads."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipe.asyppo import score
+from recipe.asyppo.labelled_reward import LABEL
+
+NO_MAJORITY = "maj@k is not available: the reward function returns no `pred`, the answer that it extracted"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file. Only a newline ends a line; a response may hold Unicode's other separators."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_dump(path: Path) -> list[dict]:
+    """The samples of verl's validation dump, each with benchmark, problem, answer and whether it is right."""
+    samples = []
+    for row in read_lines(path):
+        label = json.loads(row[LABEL])
+        reward = label.pop("reward")
+        samples.append(
+            {
+                **label,
+                "prompt_uid": row["uid"].rsplit("_", 2)[0],
+                "correct": is_right(reward.get("acc", row["score"])),
+                "score": row["score"],
+                **({"answer": reward["pred"]} if "pred" in reward else {}),
+                "ground_truth": row["gts"],
+                "prompt": row["input"],
+                "response": row["output"],
+            }
+        )
+    return samples
+
+
+def is_right(value: object) -> bool:
+    """Whether a reward says right or wrong.
+
+    Raises:
+        ValueError: if it says something in between.
+    """
+    if value not in (0, 1):
+        raise ValueError(
+            f"pass@k needs to know which answers are right, but the reward function returned {value!r}; "
+            "let it return a dict with `score` and `acc`, where acc is 0 or 1"
+        )
+    return bool(value)
+
+
+def check_complete(samples: list[dict], *, problems: int, k: int, log: Path) -> None:
+    """Refuse a dump in which responses are missing, which would make the benchmark easier.
+
+    Raises:
+        ValueError: naming how many there are and where the reason is.
+    """
+    by_prompt: dict[str, int] = defaultdict(int)
+    for sample in samples:
+        by_prompt[sample["prompt_uid"]] += 1
+    if len(by_prompt) != problems or set(by_prompt.values()) != {k}:
+        raise ValueError(
+            f"{problems * k - len(samples)} of {problems} problems x {k} responses are missing: their generation or reward "
+            f"failed, {log} says why"
+        )
+
+
+def evaluate(samples: Iterable[Mapping[str, Any]], *, seed: int = 0) -> dict:
+    """Every figure of the tables, and per problem what a paired comparison needs.
+
+    Samples of the same problem belong together, also when a file lists it several times. The k of a benchmark is the
+    smallest number of samples that one of its problems has.
+    """
+    grouped: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for sample in samples:
+        grouped[sample["benchmark"]][sample["problem"]].append(sample)
+    columns, facts, problems = {}, {}, {}
+    for name in sorted(grouped):
+        per_problem = list(grouped[name].values())
+        columns[name] = _columns(per_problem)
+        flat = [sample for group in per_problem for sample in group]
+        facts[name] = {
+            "problems": len(per_problem),
+            "samples": len(flat),
+            "response_tokens": float(np.mean([sample["tokens"] for sample in flat])),
+            "truncated": float(np.mean([sample["truncated"] for sample in flat])),
+        }
+        right = {problem: [sum(s["correct"] for s in group), len(group)] for problem, group in grouped[name].items()}
+        problems[name] = right
+    table, average = score.estimate(columns, seed=seed)
+    return {
+        "benchmarks": {name: facts[name] | _plain(table[name]) for name in table},
+        "average": _plain(average),
+        "notes": [] if any(key.startswith("maj@") for key in average) else [NO_MAJORITY],
+        "problems": problems,
+    }
+
+
+def _columns(per_problem: list[list[Mapping[str, Any]]]) -> dict[str, list[float]]:
+    """One value a problem for avg@n, pass@k and, where answers are known, maj@n."""
+    counts = [(sum(sample["correct"] for sample in group), len(group)) for group in per_problem]
+    n = min(samples for _, samples in counts)
+    columns = {f"avg@{n}": [right / samples for right, samples in counts]}
+    for k in score.powers(n):
+        columns[f"pass@{k}"] = [score.pass_at_k(right, samples, k) for right, samples in counts]
+    if all("answer" in sample for group in per_problem for sample in group):
+        columns[f"maj@{n}"] = [
+            score.majority([sample["answer"] for sample in group], [sample["correct"] for sample in group])
+            for group in per_problem
+        ]
+    return columns
+
+
+def _plain(estimates: Mapping[str, score.Estimate]) -> dict[str, dict[str, float]]:
+    return {name: asdict(value) for name, value in estimates.items()}
+
+
+def percent(value: Mapping[str, float] | None, *, sign: str = "") -> str:
+    """An estimate with its interval, in percent; "-" if there is none."""
+    if value is None:
+        return "-"
+    mid, low, high = (f"{100 * value[key]:{sign}.1f}" for key in ("value", "low", "high"))
+    return f"{mid} [{low}, {high}]"
+
+
+def grid(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others are figures."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table of one evaluation. pass@1 is left out: it is avg@k."""
+    named = [key for entry in results["benchmarks"].values() for key in entry if "@" in key and key != "pass@1"]
+    metrics = list(dict.fromkeys(named))
+    rows = []
+    for name, entry in results["benchmarks"].items():
+        figures = [f"{entry['response_tokens']:.4g}", f"{100 * entry['truncated']:.1f}"]
+        rows.append([name, str(entry["problems"]), *(percent(entry.get(metric)) for metric in metrics), *figures])
+    rows.append(["average", "", *(percent(results["average"].get(metric)) for metric in metrics), "", ""])
+    settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items() if key != "files")
+    lines = [
+        f"# {results['target']}\n",
+        grid(["benchmark", "problems", *metrics, "tokens", "truncated"], rows),
+        f"Percent, with {score.LEVEL:.0%} intervals from {score.DRAWS:,} bootstrap draws of the problems. {settings}.",
+        *results["notes"],
+    ]
+    return "\n".join(lines) + "\n"

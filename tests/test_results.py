@@ -1,0 +1,84 @@
+"""From verl's dump of sampled answers to the table: figures worked out by hand, and dumps that are refused."""
+
+import json
+
+import pytest
+
+from recipe.asyppo import results
+from recipe.asyppo.labelled_reward import problem_id
+
+
+def dumped(uid: str, session: int, problem: str, score: float, **reward: object) -> str:
+    label = {"benchmark": "sums", "problem": problem, "tokens": 3, "truncated": False, "reward": reward}
+    row = {"input": "1+1=", "output": "2", "gts": "2", "score": score, "step": 0, "uid": f"{uid}_{session}_0"}
+    return json.dumps({**row, "label": json.dumps(label)}) + "\n"
+
+
+def test_a_dump_becomes_the_table_worked_out_by_hand(tmp_path):
+    """Two problems of four samples: three right with the majority, one right against the majority."""
+    rows = [
+        dumped("u-1", i, "p", s, acc=s, pred=a) for i, (s, a) in enumerate([(1, "2"), (1, "2"), (1, "2"), (0, "3")])
+    ]
+    rows += [
+        dumped("u-2", i, "q", s, acc=s, pred=a) for i, (s, a) in enumerate([(1, "5"), (0, "6"), (0, "6"), (0, "")])
+    ]
+    (tmp_path / "0.jsonl").write_text("".join(rows))
+    samples = results.read_dump(tmp_path / "0.jsonl")
+    results.check_complete(samples, problems=2, k=4, log=tmp_path / "log")
+    table = results.evaluate(samples)
+    found = {name: entry["value"] for name, entry in table["benchmarks"]["sums"].items() if "@" in name}
+    # pass@2: 1 and 1 - 3/6.
+    assert found == pytest.approx({"avg@4": 0.5, "pass@1": 0.5, "pass@2": 0.75, "pass@4": 1.0, "maj@4": 0.5})
+    assert table["problems"] == {"sums": {"p": [3, 4], "q": [1, 4]}}
+    assert table["average"] == {name: table["benchmarks"]["sums"][name] for name in table["average"]}
+    shown = results.markdown({"target": "a model", "settings": {"k": "4"}, **table})
+    assert "| sums | 2 | 50.0 [25.0, 75.0] | 75.0 [50.0, 100.0] | 100.0 [100.0, 100.0] | 50.0" in shown
+
+
+def test_a_response_may_hold_any_character(tmp_path):
+    """verl writes JSON with Unicode as it is, line separators included."""
+    row = json.loads(dumped("u", 0, "p", 1.0)) | {"output": "a\u2028b\x85c\x0cd\r\ne"}
+    (tmp_path / "0.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (sample,) = results.read_dump(tmp_path / "0.jsonl")
+    assert sample["response"] == row["output"]
+
+
+def test_without_an_extracted_answer_there_is_no_vote(tmp_path):
+    (tmp_path / "0.jsonl").write_text("".join(dumped("u", i, "p", 1.0, acc=1.0) for i in range(2)))
+    table = results.evaluate(results.read_dump(tmp_path / "0.jsonl"))
+    assert not any(name.startswith("maj@") for name in table["benchmarks"]["sums"])
+    assert table["notes"] == [results.NO_MAJORITY]
+
+
+def test_a_problem_listed_twice_counts_once(tmp_path):
+    """Its samples belong together: four of them, where the others have two."""
+    rows = [dumped(uid, i, "p", 1.0) for uid in ("u", "v") for i in range(2)]
+    rows += [dumped("w", i, "q", 0.0) for i in range(2)]
+    (tmp_path / "0.jsonl").write_text("".join(rows))
+    entry = results.evaluate(results.read_dump(tmp_path / "0.jsonl"))["benchmarks"]["sums"]
+    assert (entry["problems"], entry["samples"], entry["avg@2"]["value"]) == (2, 6, 0.5)
+
+
+def test_missing_responses_are_an_error(tmp_path):
+    (tmp_path / "0.jsonl").write_text("".join(dumped("u", i, "p", 1.0) for i in range(3)))
+    samples = results.read_dump(tmp_path / "0.jsonl")
+    with pytest.raises(ValueError, match="1 of 1 problems x 4 responses are missing"):
+        results.check_complete(samples, problems=1, k=4, log=tmp_path / "log")
+    with pytest.raises(ValueError, match="3 of 2 problems x 3 responses are missing"):
+        results.check_complete(samples, problems=2, k=3, log=tmp_path / "log")
+
+
+def test_a_reward_that_does_not_say_right_or_wrong_is_refused(tmp_path):
+    (tmp_path / "0.jsonl").write_text(dumped("u", 0, "p", 0.3))
+    with pytest.raises(ValueError, match=r"returned 0\.3.*acc"):
+        results.read_dump(tmp_path / "0.jsonl")
+    (tmp_path / "0.jsonl").write_text(dumped("u", 0, "p", -1.0, acc=False))
+    assert results.read_dump(tmp_path / "0.jsonl")[0]["correct"] is False
+
+
+def test_a_problem_is_named_by_what_it_asks():
+    prompt = [{"role": "user", "content": "1+1="}]
+    name = problem_id("sums", prompt, "2")
+    assert name == problem_id("sums", [dict(reversed(prompt[0].items()))], "2")
+    others = [("more", prompt, "2"), ("sums", [{"role": "user", "content": "1+2="}], "2"), ("sums", prompt, "3")]
+    assert name not in {problem_id(*other) for other in others}
