@@ -3,7 +3,7 @@
 #
 #   Hardware  one node of 8 GPUs with 80 GB (GPU_GB=80, the default) or 141 GB (GPU_GB=141); NNODES for more than one
 #   Memory    80 GB cards: 60 GiB, 141 GB cards: 125 GiB at the peak of all four algorithms (planned: python -m asyppo_verl.plan)
-#   Time      8 H100: 94 h, 8 H200: 94 h for 312 steps (estimates of the same plan, not measured)
+#   Time      8 H100: 90 h, 8 H200: 86 h for 312 steps (estimates of the same plan, not measured)
 #   Expect    the paper reports about 3 points over symmetric PPO (mean of six benchmarks, avg@4); not reproduced by us
 #
 # Before:  python -m recipe.asyppo.prepare_data
@@ -20,7 +20,7 @@ case ${GPU_GB:-80} in
         ROLLOUT_TP=${ROLLOUT_TP:-2} GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.75}
         ;;
     141)
-        GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.6}
+        ROLLOUT_TP=${ROLLOUT_TP:-2} GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.6}
         ;;
     *)
         echo "GPU_GB=$GPU_GB has no memory plan; set 80 or 141, and adapt with the variables of recipe/asyppo/run_qwen3.sh" >&2

@@ -3,7 +3,7 @@
 #
 #   Hardware  one node of 8 GPUs with 80 GB (GPU_GB=80, the default) or 141 GB (GPU_GB=141); NNODES for more than one
 #   Memory    80 GB cards: 67 GiB, 141 GB cards: 117 GiB at the peak of all four algorithms (planned: python -m asyppo_verl.plan)
-#   Time      8 H100: 33 h, 8 H200: 30 h for 312 steps (estimates of the same plan, not measured)
+#   Time      8 H100: 32 h, 8 H200: 29 h for 312 steps (estimates of the same plan, not measured)
 #   Expect    the paper reports more than 6 points over symmetric PPO (mean of six benchmarks, avg@4); not reproduced by us
 #
 # Before:  python -m recipe.asyppo.prepare_data

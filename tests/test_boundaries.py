@@ -26,6 +26,8 @@ ALLOWED = {
     ),
     "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu"}),
     "plugin": (set(), {"hooks"}),
+    "plan": ({"transformers"}, {"plan"}),
+    "export": ({"torch", "transformers", "verl"}, {"critics"}),
     "doctor": ({"ray", "verl"}, {"config"}),
     "__init__": (set(), set()),
     "cpu": ({"torch", "psutil", "wrapt", "verl", "vllm"}, set()),

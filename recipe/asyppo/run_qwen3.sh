@@ -80,9 +80,6 @@ ACTOR=(
     actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size="${ACTOR_SP:-1}"
     actor_rollout_ref.actor.fsdp_config.param_offload="${ACTOR_OFFLOAD:-False}"
     actor_rollout_ref.actor.fsdp_config.optimizer_offload="${ACTOR_OFFLOAD:-False}"
-    # The logits of a vocabulary of 151,936 are the largest tensor of a step: never hold their float32 copy whole.
-    actor_rollout_ref.actor.fsdp_config.entropy_from_logits_with_chunking=True
-    actor_rollout_ref.actor.fsdp_config.entropy_checkpointing=True
 )
 ROLLOUT=(
     actor_rollout_ref.rollout.name=vllm
@@ -106,6 +103,8 @@ CRITIC=(
     critic.optim.lr="${CRITIC_LR:-5e-6}"
     critic.use_dynamic_bsz=True
     critic.ppo_max_token_len_per_gpu="${CRITIC_TOKENS:-36864}"
+    # The same budget for values: verl's own V1 trainer trains its one critic with the budget for values.
+    critic.forward_max_token_len_per_gpu="${CRITIC_TOKENS:-36864}"
     critic.fsdp.fsdp_size="$CRITIC_FSDP_SIZE"
     critic.fsdp.ulysses_sequence_parallel_size="${CRITIC_SP:-1}"
     critic.fsdp.param_offload="${CRITIC_OFFLOAD:-False}"

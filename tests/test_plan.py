@@ -1,0 +1,365 @@
+"""The plan's counts are those of the real models; its memory and work follow from them by rules stated here once more."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from asyppo_verl.plan import cost, memory
+from asyppo_verl.plan.__main__ import main
+from asyppo_verl.plan.model import BUILT_IN, from_config, read_model
+from asyppo_verl.plan.plan import Plan, cure
+from asyppo_verl.plan.settings import ALGORITHMS, GIB, Settings
+
+PUBLISHED = {  # parameters of the checkpoints on the Hugging Face hub
+    "0.6b": 596_049_920,
+    "1.7b": 1_720_574_976,
+    "4b": 4_022_468_096,
+    "8b": 8_190_735_360,
+    "14b": 14_768_307_200,
+    "32b": 32_762_123_264,
+}
+
+
+def settings(actor="4b", critic="0.6b", **changes) -> Settings:
+    return Settings(actor=read_model(actor), critic=read_model(critic).as_critic(), **changes)
+
+
+def hf_config(model) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=model.vocab,
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        tie_word_embeddings=model.tied,
+        num_labels=1,
+    )
+
+
+def count(auto_class, config) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
+
+
+@pytest.mark.parametrize("size", BUILT_IN)
+def test_parameters_of_qwen3_are_those_of_the_real_models(size):
+    model = read_model(f"Qwen/Qwen3-{size.upper()}-Base")
+    assert model.params == PUBLISHED[size] == count(AutoModelForCausalLM, hf_config(model))
+    assert model.as_critic().params == count(AutoModelForTokenClassification, hf_config(model))
+
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_labels": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3Config(**SMALL, head_dim=16, attention_bias=True, tie_word_embeddings=True),
+        Qwen2Config(**SMALL),
+        LlamaConfig(**SMALL),
+        LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    ],
+)
+def test_parameters_of_other_families(config):
+    model = from_config(config, "small")
+    assert model.params == count(AutoModelForCausalLM, config)
+    assert model.as_critic().params == count(AutoModelForTokenClassification, config)
+
+
+def test_a_folder_is_read_like_the_models_in_it(toy):
+    for role, auto_class in (("actor", AutoModelForCausalLM), ("critic", AutoModelForCausalLM)):
+        real = auto_class.from_pretrained(toy / role)
+        assert read_model(str(toy / role)).params == sum(parameter.numel() for parameter in real.parameters())
+
+
+LAYERS, TOKENS = 3, 192
+
+
+def real_model(auto_class, hidden=128, intermediate=512, layers=LAYERS):
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_labels=1,
+        attn_implementation="sdpa",
+    )
+    model = auto_class.from_config(config, dtype=torch.bfloat16)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, from_config(config, "real")
+
+
+def flops(model, train: bool) -> tuple[int, int]:
+    """Operations of one sequence as torch counts them: of parameters, and of products without any (attention, rotary)."""
+    model.train(train)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+        logits = model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False).logits
+        if train:
+            logits.float().sum().backward()
+    by_operation = {str(name): number for name, number in counter.get_flop_counts()["Global"].items()}
+    without = by_operation.pop("aten.bmm")
+    return sum(by_operation.values()), without
+
+
+@pytest.mark.parametrize(
+    "auto_class, as_critic", [(AutoModelForCausalLM, False), (AutoModelForTokenClassification, True)]
+)
+def test_work_is_what_torch_counts(auto_class, as_critic):
+    real, model = real_model(auto_class)
+    real.set_attn_implementation("eager")
+    model = model.as_critic() if as_critic else model
+    rotary = TOKENS * model.head_dim
+    matrices, attention = flops(real, train=False)
+    assert model.forward_flops(TOKENS, 0) == matrices
+    # Eager attention multiplies all pairs of positions, we count those that a causal mask leaves: half.
+    assert 2 * model.forward_flops(0, TOKENS**2) == attention - rotary
+    matrices, attention = flops(real, train=True)
+    assert model.training_flops(TOKENS, 0) == matrices
+    # Two forwards of 2 products and a backward of 4; flash attention has a fifth, the scores anew.
+    assert 2 * model.training_flops(0, TOKENS**2) * 8 / 9 == attention - rotary
+
+
+def peak_bytes(run) -> int:
+    """The most that is allocated at once during ``run``, beyond what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    held = highest = 0
+    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("hidden, intermediate, layers", [(128, 512, 2), (128, 512, 6), (256, 1024, 2)])
+def test_activations_of_a_critic_are_as_measured(train, hidden, intermediate, layers):
+    """Bytes that one more token takes, on a real model with checkpointing and autocast."""
+    real, model = real_model(AutoModelForTokenClassification, hidden, intermediate, layers)
+    real.train(train)
+    for parameter in real.parameters():  # FSDP, too, takes gradients away as they come
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+
+    def run(tokens):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
+            values = real(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits
+        if train:
+            values.float().sum().backward()
+
+    run(8)
+    measured = (peak_bytes(lambda: run(512)) - peak_bytes(lambda: run(256))) / 256
+    working = memory.update_working if train else memory.forward_working
+    planned = (working(model.as_critic(), 10**7 + 1000) - working(model.as_critic(), 10**7)) / 1000
+    assert 0.95 * measured < planned < 1.15 * measured
+
+
+@pytest.mark.parametrize("chunking", [False, True])
+def test_a_logit_takes_what_verls_entropy_takes(chunking):
+    """verl's compiled entropy, and its gradient, beside the logits; chunked, the update takes more with every chunk."""
+    from verl.utils import torch_functional
+
+    entropy = torch_functional.entropy_from_logits_with_chunking if chunking else torch_functional.entropy_from_logits
+    compiled = torch.compile(entropy, dynamic=True)
+    logits = torch.randn(1024, 2048).bfloat16().requires_grad_()
+    options = {"chunk_size": 256} if chunking else {}
+
+    def update():
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.autograd.grad(compiled(logits, **options).sum(), logits)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            compiled(logits, **options)
+
+    measured = []
+    for run in (update, forward):
+        run()
+        measured.append(peak_bytes(run) / logits.numel())
+    assert measured[1] == pytest.approx(memory.ENTROPY_FORWARD[chunking], abs=0.1)
+    assert 0.7 * memory.ENTROPY_UPDATE[chunking] < measured[0] < 1.02 * memory.ENTROPY_UPDATE[chunking]
+
+
+def test_states_by_hand():
+    plain = settings()
+    # 16 bytes x 596,050,945 / 8 GPUs, and the same on groups of 2 GPUs
+    assert memory.states(plain.critic, plain) == 16 * 596_050_945 / 8
+    small_groups = settings(critic_fsdp_size=2)
+    assert memory.states(small_groups.critic, small_groups) == 16 * 596_050_945 / 2
+    assert memory.states(small_groups.actor, small_groups) == memory.states(plain.actor, plain)
+    two = 2 * memory.states(plain.critic, plain)
+    assert two / memory.states(plain.actor.as_critic(), plain) == pytest.approx(0.296, abs=1e-3)
+
+
+def test_phases_by_hand():
+    """14B actor with two 4B critics on eight H200: what stays between the phases, and what comes with each."""
+    found = {phase.name: phase for phase in memory.phases(settings("14b", "4b", hardware="h200"), "asyppo")}
+    actor, critic = PUBLISHED["14b"] / 8, (PUBLISHED["4b"] + 2561) / 8
+    assert found["rollout"].vllm == 0.6 * 139.8 * GIB
+    assert {phase.critics for name, phase in found.items() if name != "critic update"} == {2 * 12 * critic}
+    assert found["critic update"].critics == 12 * critic + 16 * critic
+    assert {phase.actor for name, phase in found.items() if name != "actor update"} == {12 * actor}
+    assert found["actor update"].actor == 16 * actor
+    logits = 16384 * 151_936 * 8
+    assert found["actor update"].working > logits > found["critic update"].working
+
+
+def test_offload_leaves_the_one_at_work():
+    found = {phase.name: phase for phase in memory.phases(settings(actor_offload=True, critic_offload=True), "asyppo")}
+    actor, critic = PUBLISHED["4b"] / 8, (PUBLISHED["0.6b"] + 1025) / 8
+    assert (found["rollout"].actor, found["rollout"].critics) == (0, 0)
+    assert (found["values"].actor, found["values"].critics) == (0, 4 * critic)
+    assert (found["critic update"].actor, found["critic update"].critics) == (0, 16 * critic)
+    assert (found["old log-probs"].actor, found["actor update"].actor) == (4 * actor, 16 * actor)
+    assert found["actor update"].critics == 0
+    host = memory.host_memory(settings(actor_offload=True, critic_offload=True), "asyppo")
+    assert host == 12 * 8 * (actor + 2 * critic)
+
+
+def test_one_mini_critic_is_ppo():
+    one = settings(num_critics=1)
+    assert Plan(one, "asyppo").summary() == Plan(one, "ppo_small_critic").summary()
+    own_size = settings(critic="4b", num_critics=1)
+    assert Plan(own_size, "asyppo").summary() == Plan(own_size, "ppo").summary()
+    assert cost.critic_share(cost.work(one, "grpo")) == 0
+
+
+def test_mini_critics_evaluate_everything_and_share_the_training():
+    two, four = (cost.work(settings(num_critics=number), "asyppo") for number in (2, 4))
+    assert four["values"] == 2 * two["values"]
+    assert four["critic update"] == pytest.approx(two["critic update"])
+    small = cost.work(settings(), "ppo_small_critic")
+    assert two["critic update"] == pytest.approx(small["critic update"])
+    assert two["values"] == 2 * small["values"]
+
+
+def test_share_of_two_small_critics():
+    """A pass of each: (2 x 2 + 8) of 0.6B against (2 + 8) of 4B is 0.18 by parameters; attention and heads move it little."""
+    parts = cost.work(settings(actor_epochs=1, critic_epochs=1), "asyppo")
+    critics, actor = parts["values"] + parts["critic update"], parts["old log-probs"] + parts["actor update"]
+    assert critics / actor == pytest.approx(0.19, abs=0.02)
+
+
+def test_a_reference_adds_a_phase_and_host_memory_only():
+    without, with_reference = (Plan(settings(reference=on), "asyppo") for on in (False, True))
+    assert [phase for phase in with_reference.phases if phase.name != "reference"] == without.phases
+    work = cost.work(with_reference.settings, "asyppo")
+    assert work["reference"] == work["old log-probs"]
+    assert memory.host_memory(with_reference.settings, "asyppo") == 4 * PUBLISHED["4b"]
+
+
+def test_generation_by_hand():
+    """One GPU, eight responses at once: 4096 steps read 4B weights in bf16, each token its cache of 144 KiB a position."""
+    one = settings(gpus=1, prompts=1, responses=8, response_length=4096, bandwidth_use=1.0, actor_offload=True)
+    weights = 4096 * 2 * PUBLISHED["4b"]
+    cache = 8 * 4096 * (256 + 2048) * 36 * 8 * 128 * 2 * 2
+    assert cost.seconds(one, "grpo")["generation"] == pytest.approx((weights + cache) / 3.35e12)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "actor, critic", [("4b", "0.6b"), ("8b", "1.7b"), ("14b", "4b"), ("14b", "1.7b"), ("32b", "8b")]
+)
+@pytest.mark.parametrize("gpus", [4, 8])
+def test_the_cure_cures(actor, critic, gpus, algorithm):
+    plan = Plan(settings(actor, critic, gpus=gpus, gpu_memory_utilization=0.85), algorithm)
+    changes = cure(plan)
+    assert (changes == {}) == plan.fits
+    if changes is None:
+        assert actor == "32b"
+    else:
+        assert Plan(dataclasses.replace(plan.settings, **changes), algorithm).fits
+
+
+def test_a_cache_too_small_for_one_sequence_does_not_fit():
+    plan = Plan(settings("32b", "4b", gpus=32, critic_offload=True, actor_offload=True), "asyppo")
+    assert plan.cache_too_small and not plan.fits
+    assert cure(plan)["gpu_memory_utilization"] == 0.8 or cure(plan)["tensor_parallel"] > 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--actor", "no/such/model"], "--actor: the model 'no/such/model' cannot be read"),
+        (["--gpus", "0"], "--gpus=0 is not possible: give a number above 0"),
+        (["--mfu", "1.5"], "--mfu=1.5 is not possible"),
+        (["--tensor-parallel", "3"], "--tensor-parallel=3 is not possible: choose a divisor of the 8 GPUs"),
+        (["--critic-fsdp-size", "3"], "--critic-fsdp-size=3 is not possible: choose -1 or a divisor"),
+        (["--actor-tokens", "4096"], "at least 9216"),
+        (["--mean-response-length", "9000"], "at most --response-length=8192"),
+        (["--num-critics", "33"], "at most --responses=32"),
+        (["--hardware", "b200"], "invalid choice: 'b200'"),
+    ],
+)
+def test_errors_name_the_option_and_the_cure(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*([] if "--actor" in arguments else ["--actor", "4b"]), "--critic", "0.6b", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_family_that_cannot_be_counted_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="model_type=gpt2"):
+        read_model(str(tmp_path))
+
+
+def test_json_and_table_say_the_same(capsys):
+    arguments = ["--actor", "Qwen/Qwen3-14B-Base", "--critic", "qwen3-4b"]
+    main([*arguments, "--json"])
+    found = json.loads(capsys.readouterr().out)["algorithms"]
+    assert found == {name: Plan(settings("14b", "4b"), name).summary() for name in ALGORITHMS}
+    main([*arguments, "--explain"])
+    table = capsys.readouterr().out
+    row = re.search(r"^  actor update +(\S+) +(\S+) +(\S+) +(\S+)$", table, re.MULTILINE).groups()
+    assert row == tuple(f"{found[name]['phases_gib']['actor update']['total']:.1f}" for name in ALGORITHMS)
+    assert all(line in table for line in (*memory.ASSUMPTIONS, *cost.ASSUMPTIONS))
+    assert "asyppo: does not fit: rollout needs 79.3 of 73.1 GiB; it fits with --gpu-memory-utilization 0.5" in table
+
+
+def test_it_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys; from asyppo_verl.plan.__main__ import main; main(['--actor', '4b', '--critic', '0.6b']); "
+        "assert not {'torch', 'transformers', 'verl'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_the_keys_of_verl_that_options_name_exist(compose):
+    config = compose()
+    named = 0
+    for field in dataclasses.fields(Settings):
+        for key in re.findall(
+            r"[a-z_]+(?:\.[a-z_]+)+", field.metadata.get("help", "").replace("asyppo.num_critics", "")
+        ):
+            found = [OmegaConf.select(config, prefix + key) for prefix in ("", "actor_rollout_ref.")]
+            assert any(value is not None for value in found), f"{field.name}: verl has no {key}"
+            named += 1
+    assert named >= 20
