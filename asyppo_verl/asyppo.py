@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Tokens per pass of a selection: small enough to stay in cache and to keep the extra memory constant.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 # Bits that one pass of the radix selection fixes.
 _DIGIT = 16
 
@@ -71,14 +71,21 @@ def ensemble_value(values_MBT: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         value_BT, sigma_BT: both (B, T), float32.
     """
-    values_MBT = values_MBT.to(torch.promote_types(values_MBT.dtype, torch.float32))
-    lowest_BT = values_MBT.amin(dim=0)
-    above_MBT = values_MBT - lowest_BT
-    if len(above_MBT) > 2:  # two terms add up to the same bits in either order
-        above_MBT = above_MBT.sort(dim=0).values
-    mean_above_BT = above_MBT.mean(dim=0)
-    sigma_BT = above_MBT.sub_(mean_above_BT).square_().mean(dim=0).sqrt_()
-    return lowest_BT.add_(mean_above_BT).float(), sigma_BT.float()
+    value_BT = torch.empty(values_MBT.shape[1:], dtype=torch.float32, device=values_MBT.device)
+    sigma_BT = torch.empty_like(value_BT)
+    parts = zip(values_MBT.flatten(1).split(_CHUNK, dim=1), chunks(value_BT.view(-1), sigma_BT.view(-1)), strict=True)
+    for values_MN, (value_N, sigma_N) in parts:
+        values_MN = values_MN.to(torch.promote_types(values_MN.dtype, torch.float32))
+        lowest_N = values_MN.amin(dim=0)
+        above_MN = values_MN - lowest_N
+        if len(above_MN) > 2:  # two terms add up to the same bits in either order
+            above_MN = above_MN.sort(dim=0).values
+        # Not Tensor.mean: with many critics it adds in an order that depends on where a token stands.
+        mean_above_N = sum(above_MN.unbind()) / len(above_MN)
+        value_N.copy_(lowest_N.add_(mean_above_N))
+        squares_MN = above_MN.sub_(mean_above_N).square_()
+        sigma_N.copy_(sum(squares_MN.unbind()).div_(len(squares_MN)).sqrt_())
+    return value_BT, sigma_BT
 
 
 def keep_advantage(sigma_BT: Tensor, is_response_BT: Tensor, *, fraction: float) -> Tensor:
@@ -121,12 +128,12 @@ def filter_entropy(entropy_N: Tensor, keep_N: Tensor) -> Tensor:
     return torch.where(keep_N, entropy_N, 0)
 
 
-def select_kth(score_BT: Tensor, is_response_BT: Tensor, k: int) -> Tensor:
-    """The k-th lowest score (k from 1) among the response tokens, exact at any size; shape ()."""
+def select_kth(score_BT: Tensor, is_response_BT: Tensor, ks: Sequence[int]) -> Tensor:
+    """The k-th lowest score among the response tokens for every k in ``ks`` (from 1), exact at any size; shape (len(ks),)."""
     score_N, is_response_N = score_BT.reshape(-1), is_response_BT.reshape(-1).bool()
-    rank, _ = _kth_rank(score_N, is_response_N, k, largest=False)
+    ranks = [rank for rank, _ in _kth_ranks(score_N, is_response_N, ks, largest=False)]
     dtype = torch.promote_types(score_BT.dtype, torch.float32)
-    return _flip(torch.tensor(rank, dtype=_rank_dtype(score_N))).view(dtype)
+    return _flip(torch.tensor(ranks, dtype=_rank_dtype(score_N))).view(dtype)
 
 
 def _select(score_BT: Tensor, is_response_BT: Tensor, *, fraction: float, largest: bool) -> Tensor:
@@ -138,12 +145,12 @@ def _select(score_BT: Tensor, is_response_BT: Tensor, *, fraction: float, larges
     score_N, is_response_N = score_BT.reshape(-1), is_response_BT.reshape(-1).bool()
     selected_N = torch.zeros_like(is_response_N)
     count = floor(fraction * int(is_response_N.count_nonzero()))
-    has_signal = any(bool((score != 0).logical_and_(real).any()) for score, real in _chunks(score_N, is_response_N))
+    has_signal = any(bool((score != 0).logical_and_(real).any()) for score, real in chunks(score_N, is_response_N))
     if count == 0 or not has_signal:
         return selected_N.view(score_BT.shape)
 
-    threshold, ties_left = _kth_rank(score_N, is_response_N, count, largest=largest)
-    for score, is_response, selected in _chunks(score_N, is_response_N, selected_N):
+    ((threshold, ties_left),) = _kth_ranks(score_N, is_response_N, [count], largest=largest)
+    for score, is_response, selected in chunks(score_N, is_response_N, selected_N):
         rank = _rank(score, largest)
         is_tied = (rank == threshold) & is_response
         torch.logical_and(rank < threshold, is_response, out=selected)
@@ -154,30 +161,41 @@ def _select(score_BT: Tensor, is_response_BT: Tensor, *, fraction: float, larges
     return selected_N.view(score_BT.shape)
 
 
-def _kth_rank(score_N: Tensor, is_response_N: Tensor, k: int, *, largest: bool) -> tuple[int, int]:
-    """Rank of the k-th response token (k from 1), and how many tokens of that very rank are among the first k.
+def _kth_ranks(score_N: Tensor, is_response_N: Tensor, ks: Sequence[int], *, largest: bool) -> list[tuple[int, int]]:
+    """For every k (from 1): the rank of the k-th response token, and how many of that very rank are among the first k.
 
-    Radix selection, 16 bits a pass: ``torch.kthvalue`` gives the same rank but copies 12 bytes a token, and
-    ``torch.quantile`` refuses more than 2^24 elements.
+    Radix selection, 16 bits a pass, all k in the same passes: ``torch.kthvalue`` gives the same rank but copies 12 bytes
+    a token, and ``torch.quantile`` refuses more than 2^24 elements.
     """
-    bits = torch.iinfo(_rank_dtype(score_N)).bits
-    low_digit, outside = -(1 << (_DIGIT - 1)), 1 << _DIGIT
-    prefix = 0
-    for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        is_top = shift == bits - _DIGIT
-        histogram = torch.zeros(outside + 1, dtype=torch.int64, device=score_N.device)
-        for score, is_response in _chunks(score_N, is_response_N):
-            rank = _rank(score, largest)
-            # The top digit carries the sign; the others are unsigned.
-            digit = (rank >> shift) - low_digit if is_top else (rank >> shift) & (outside - 1)
-            is_candidate = is_response if is_top else is_response & ((rank >> (shift + _DIGIT)) == prefix)
-            digit = torch.where(is_candidate, digit, outside)
-            histogram += torch.bincount(digit, minlength=outside + 1)
-        below = histogram[:outside].cumsum(0)
-        bucket = int(torch.searchsorted(below, k))
-        k -= int(below[bucket - 1]) if bucket else 0
-        prefix = bucket + low_digit if is_top else (prefix << _DIGIT) | bucket
-    return prefix, k
+    top = torch.iinfo(_rank_dtype(score_N)).bits - _DIGIT
+    found = [(0, k) for k in ks]  # the rank's digits so far, and k among the tokens that share them
+    for shift in range(top, -1, -_DIGIT):
+        # The top digit carries the sign, so it starts below zero.
+        found = [(prefix << _DIGIT if shift < top else -(1 << (_DIGIT - 1)), k) for prefix, k in found]
+        starts = {start for start, _ in found}
+        below = _count(score_N, is_response_N, shift, starts, is_top=shift == top, largest=largest)
+        for index, (start, k) in enumerate(found):
+            step = int(torch.searchsorted(below[start], k))
+            found[index] = start + step, k - (int(below[start][step - 1]) if step else 0)
+    return found
+
+
+def _count(
+    score_N: Tensor, is_response_N: Tensor, shift: int, starts: set[int], *, is_top: bool, largest: bool
+) -> dict[int, Tensor]:
+    """For every start: how many response tokens have ``start <= rank >> shift <= start + i``, for all i below 2^16."""
+    outside = 1 << _DIGIT
+    counts = {start: torch.zeros(outside + 1, dtype=torch.int64, device=score_N.device) for start in starts}
+    for score, is_response in chunks(score_N, is_response_N):
+        rank = _rank(score, largest) >> shift
+        for start, count in counts.items():
+            digit = rank - start
+            if is_top:  # all are inside, and where is quicker than indexing
+                digit = torch.where(is_response, digit, outside)
+            else:  # few are inside; a difference too large for 32 bits wraps around, but never to there
+                digit = digit[is_response & (digit >> _DIGIT == 0)]
+            count += torch.bincount(digit, minlength=outside + 1)
+    return {start: count[:outside].cumsum(0) for start, count in counts.items()}
 
 
 def _rank_dtype(score_N: Tensor) -> torch.dtype:
@@ -195,8 +213,9 @@ def _rank(score_N: Tensor, largest: bool) -> Tensor:
 def _flip(bits_N: Tensor) -> Tensor:
     """IEEE bits to two's complement of the same order, and back: negative numbers have their magnitude inverted."""
     info = torch.iinfo(bits_N.dtype)
-    return bits_N ^ ((bits_N >> (info.bits - 1)) & info.max)
+    return (bits_N >> (info.bits - 1)).bitwise_and_(info.max).bitwise_xor_(bits_N)
 
 
-def _chunks(*tensors_N: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunks(*tensors_N: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same stretch of every vector, one stretch after the other: work on them needs no memory that grows with N."""
     return zip(*(tensor_N.split(_CHUNK) for tensor_N in tensors_N), strict=True)

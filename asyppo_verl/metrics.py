@@ -1,38 +1,62 @@
 """What the ensemble of critics is worth: explained variance, disagreement, correlation, and what the masks did.
 
-Shape suffixes: M mini-critics, N response positions of a batch in one vector.
+Shape suffixes: M mini-critics, N response positions of a batch in one vector, R vectors over these positions.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from asyppo_verl.asyppo import select_kth
+from asyppo_verl.asyppo import chunks, select_kth
 
 SIGMA_QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
-def explained_variance(values_K: Tensor, returns_K: Tensor) -> float:
-    """``1 - Var[R - V] / Var[R]`` over all K response tokens: 1 is perfect, 0 is a constant, below 0 is worse than one.
+def moments(vectors_RN: Sequence[Tensor], is_response_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (R,) and population covariances (R, R) of vectors over the response tokens, of which there must be one.
+
+    ``cov = E[(x - s)(y - s)^T] - (E[x] - s)(E[y] - s)^T``, in float64 and chunk by chunk. The shift s is the first response
+    token, which keeps the two terms from cancelling where the mean is large.
+    """
+    first = int(is_response_N.view(torch.uint8).argmax())
+    shift_R = torch.stack([vector_N[first].double() for vector_N in vectors_RN])
+    sums_R, products_RR = torch.zeros_like(shift_R), torch.zeros_like(shift_R.diag())
+    for is_response, *vectors in chunks(is_response_N, *vectors_RN):
+        shifted_RN = torch.stack([vector.double() for vector in vectors]).sub_(shift_R[:, None])
+        shifted_RN.masked_fill_(~is_response, 0)
+        sums_R += shifted_RN.sum(dim=1)
+        products_RR += shifted_RN @ shifted_RN.T
+    count = int(is_response_N.count_nonzero())
+    mean_R = sums_R / count
+    return mean_R + shift_R, products_RR / count - mean_R[:, None] * mean_R
+
+
+def explained_variance(cov_RR: Tensor, value: int, returns: int) -> float:
+    """``1 - Var[R - V] / Var[R]`` from covariances: 1 is perfect, 0 is a constant, below 0 is worse than one.
 
     Var[R] is raised by 1e-5, as in verl's ``critic/vf_explained_var``, so that a batch of equal returns gives a number.
+
+    Args:
+        cov_RR: covariances of several vectors.
+        value, returns: which of them are V and R.
     """
-    return 1 - float((returns_K - values_K).var(correction=0) / (returns_K.var(correction=0) + 1e-5))
+    residual = cov_RR[returns, returns] + cov_RR[value, value] - 2 * cov_RR[value, returns]
+    return float(1 - residual / (cov_RR[returns, returns] + 1e-5))
 
 
-def correlation(values_MK: Tensor) -> float:
+def correlation(cov_MM: Tensor) -> float:
     """Mean Pearson correlation over all pairs of critics; 0 for a pair with a constant critic. Needs M > 1."""
-    centred_MK = values_MK - values_MK.mean(dim=1, keepdim=True)
-    products_MM = centred_MK @ centred_MK.T
-    scale_M = products_MM.diagonal().sqrt()
-    pearson_MM = products_MM / (scale_M[:, None] * scale_M).clamp_min(torch.finfo(products_MM.dtype).tiny)
-    above = torch.triu_indices(len(values_MK), len(values_MK), offset=1)
+    scale_M = cov_MM.diagonal().sqrt()
+    pearson_MM = cov_MM / (scale_M[:, None] * scale_M).clamp_min(torch.finfo(cov_MM.dtype).tiny)
+    above = torch.triu_indices(len(cov_MM), len(cov_MM), offset=1)
     return float(pearson_MM[above[0], above[1]].mean())
 
 
 def quantiles(score_N: Tensor, is_response_N: Tensor, levels: tuple[float, ...]) -> list[float]:
     """Exact quantiles over response tokens at any size: the lowest score that at least the given share does not exceed."""
     count = int(is_response_N.count_nonzero())
-    return [float(select_kth(score_N, is_response_N, max(1, round(level * count)))) for level in levels]
+    return select_kth(score_N, is_response_N, [max(1, round(level * count)) for level in levels]).tolist()
 
 
 def ensemble_metrics(
@@ -41,18 +65,19 @@ def ensemble_metrics(
     """Diagnostics of the critics over the whole batch, keyed by metric name; empty for a batch without response tokens."""
     if not bool(is_response_N.any()):
         return {}
-    returns_K = returns_N[is_response_N].float()
-    values_MK = values_MN[:, is_response_N].float()
+    num_critics = len(values_MN)
+    mean_R, cov_RR = moments([*values_MN, value_N, returns_N, sigma_N], is_response_N)
+    value, returns, sigma = range(num_critics, num_critics + 3)
     metrics = {
-        f"asyppo/critic_{index}/explained_var": explained_variance(values_K, returns_K)
-        for index, values_K in enumerate(values_MK)
+        f"asyppo/critic_{index}/explained_var": explained_variance(cov_RR, index, returns)
+        for index in range(num_critics)
     }
-    metrics["asyppo/explained_var"] = explained_variance(value_N[is_response_N].float(), returns_K)
-    metrics["asyppo/sigma/mean"] = float(sigma_N[is_response_N].mean())
-    for level, value in zip(SIGMA_QUANTILES, quantiles(sigma_N, is_response_N, SIGMA_QUANTILES), strict=True):
-        metrics[f"asyppo/sigma/p{round(100 * level)}"] = value
-    if len(values_MN) > 1:
-        metrics["asyppo/critic_correlation"] = correlation(values_MK)
+    metrics["asyppo/explained_var"] = explained_variance(cov_RR, value, returns)
+    metrics["asyppo/sigma/mean"] = float(mean_R[sigma])
+    for level, quantile in zip(SIGMA_QUANTILES, quantiles(sigma_N, is_response_N, SIGMA_QUANTILES), strict=True):
+        metrics[f"asyppo/sigma/p{round(100 * level)}"] = quantile
+    if num_critics > 1:
+        metrics["asyppo/critic_correlation"] = correlation(cov_RR[:num_critics, :num_critics])
     return metrics
 
 
@@ -64,13 +89,18 @@ def selection_metrics(advantages_N: Tensor, keep_adv_N: Tensor, keep_ent_N: Tens
         keep_adv_N, keep_ent_N: results of the two selections.
         is_response_N: True on response tokens.
     """
-    count = max(1, int(is_response_N.count_nonzero()))
-    is_masked_N = is_response_N & ~keep_adv_N
-    size_N = advantages_N.abs()
-    masked, kept = int(is_masked_N.count_nonzero()), int((is_response_N & keep_adv_N).count_nonzero())
+    masked = kept = filtered = 0
+    masked_size = kept_size = 0.0
+    for advantage, keep_adv, keep_ent, is_response in chunks(advantages_N, keep_adv_N, keep_ent_N, is_response_N):
+        is_masked, is_kept, size = is_response & ~keep_adv, is_response & keep_adv, advantage.abs()
+        masked += int(is_masked.count_nonzero())
+        kept += int(is_kept.count_nonzero())
+        filtered += int((is_response & ~keep_ent).count_nonzero())
+        masked_size += float(torch.where(is_masked, size, 0).sum())
+        kept_size += float(torch.where(is_kept, size, 0).sum())
     return {
-        "asyppo/adv_masked_fraction": masked / count,
-        "asyppo/entropy_filtered_fraction": int((is_response_N & ~keep_ent_N).count_nonzero()) / count,
-        "asyppo/adv_abs_kept": float((size_N * (is_response_N & keep_adv_N)).sum()) / max(1, kept),
-        "asyppo/adv_abs_masked": float((size_N * is_masked_N).sum()) / max(1, masked),
+        "asyppo/adv_masked_fraction": masked / max(1, masked + kept),
+        "asyppo/entropy_filtered_fraction": filtered / max(1, masked + kept),
+        "asyppo/adv_abs_kept": kept_size / max(1, kept),
+        "asyppo/adv_abs_masked": masked_size / max(1, masked),
     }

@@ -135,6 +135,15 @@ def test_law_3_the_order_of_the_critics_changes_no_bit(num_critics):
         assert all(torch.equal(a, b) for a, b in zip(expected, shuffled, strict=True))
 
 
+@pytest.mark.parametrize("num_critics", range(1, 7))
+def test_the_stretches_in_which_tokens_are_worked_on_change_no_bit(num_critics, monkeypatch):
+    values_MBT = torch.randn(num_critics, 30, 41, generator=torch.Generator().manual_seed(2)) * 10
+    whole = ensemble_value(values_MBT)
+    for chunk in (1, 7, 64):
+        monkeypatch.setattr(asyppo, "_CHUNK", chunk)
+        assert all(torch.equal(a, b) for a, b in zip(whole, ensemble_value(values_MBT), strict=True))
+
+
 def test_ensemble_leaves_its_input_alone():
     values_MBT = torch.randn(3, 4, 5)
     before = values_MBT.clone()
@@ -175,7 +184,7 @@ tokens = st.lists(
 )
 
 
-@given(tokens, st.floats(0, 0.99), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([3, 1 << 20]))
+@given(tokens, st.floats(0, 0.99), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([3, 1 << 18]))
 def test_selections_equal_a_plain_loop_with_ties_and_holes(drawn, fraction, dtype, chunk):
     sigma, is_response = [s for s, _ in drawn], [r for _, r in drawn]
     whole, asyppo._CHUNK = asyppo._CHUNK, chunk
@@ -279,11 +288,18 @@ def test_the_two_selections_are_disjoint_without_ties():
     assert not (masked & filtered).any() and masked.any() and filtered.any()
 
 
-@given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=40), st.data())
-def test_kth_score(scores, data):
-    k = data.draw(st.integers(1, len(scores)))
-    found = select_kth(torch.tensor(scores), torch.ones(len(scores), dtype=torch.bool), k)
-    assert float(found) == sorted(scores)[k - 1]
+@given(
+    st.lists(st.one_of(st.floats(-5, 5, width=32), st.floats(allow_nan=False, width=32)), min_size=1, max_size=40),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([3, 1 << 18]),
+    st.data(),
+)
+def test_kth_scores(scores, dtype, chunk, data):
+    ks = data.draw(st.lists(st.integers(1, len(scores)), max_size=5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyppo, "_CHUNK", chunk)
+        found = select_kth(torch.tensor(scores, dtype=dtype), torch.ones(len(scores), dtype=torch.bool), ks)
+    assert found.tolist() == [sorted(scores)[k - 1] for k in ks]
 
 
 def test_mask_and_filter_keep_the_other_bits():

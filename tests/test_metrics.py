@@ -4,24 +4,51 @@ import numpy as np
 import pytest
 import torch
 
-from asyppo_verl.metrics import correlation, ensemble_metrics, explained_variance, quantiles, selection_metrics
+from asyppo_verl import asyppo
+from asyppo_verl.metrics import (
+    correlation,
+    ensemble_metrics,
+    explained_variance,
+    moments,
+    quantiles,
+    selection_metrics,
+)
+
+
+def everything(size: int) -> torch.Tensor:
+    return torch.ones(size, dtype=torch.bool)
 
 
 def test_explained_variance_by_hand():
     returns = torch.tensor([0.0, 1.0, 0.0, 1.0])  # variance 1/4
-    assert explained_variance(returns, returns) == 1
-    assert explained_variance(torch.full((4,), 0.3), returns) == pytest.approx(0, abs=1e-4)
     # Residuals 0.5, -0.5, 0.5, -0.5 around returns of half the size: also variance 1/4.
-    assert explained_variance(torch.tensor([-0.5, 1.5, -0.5, 1.5]), returns) == pytest.approx(0, abs=1e-4)
-    assert explained_variance(1 - returns, returns) == pytest.approx(-3, abs=1e-3)
+    cases = [(returns, 1), (torch.full((4,), 0.3), 0), (torch.tensor([-0.5, 1.5, -0.5, 1.5]), 0), (1 - returns, -3)]
+    for values, expected in cases:
+        _, cov = moments([values, returns], everything(4))
+        assert explained_variance(cov, 0, 1) == pytest.approx(expected, abs=2e-4)
 
 
 def test_correlation_is_the_mean_over_pairs():
     values = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
     pairs = np.corrcoef(values.numpy())[np.triu_indices(4, 1)]
-    assert correlation(values) == pytest.approx(pairs.mean(), abs=1e-6)
-    assert correlation(torch.stack([values[0], -2 * values[0] + 1])) == pytest.approx(-1)
-    assert correlation(torch.stack([values[0], torch.ones(200)])) == 0
+    assert correlation(moments(values, everything(200))[1]) == pytest.approx(pairs.mean(), abs=1e-12)
+    opposite = torch.stack([values[0], -2 * values[0] + 1])
+    assert correlation(moments(opposite, everything(200))[1]) == pytest.approx(-1)
+    assert correlation(moments(torch.stack([values[0], torch.ones(200)]), everything(200))[1]) == 0
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e6])
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 18])
+def test_moments_are_those_of_numpy_also_far_from_zero(mean, chunk, monkeypatch):
+    monkeypatch.setattr(asyppo, "_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(2)
+    vectors = torch.randn(3, 500, generator=generator, dtype=torch.float64) + mean
+    is_response = torch.rand(500, generator=generator) < 0.6
+    vectors[:, ~is_response] = float("nan")
+    means, cov = moments(vectors, is_response)
+    seen = vectors[:, is_response].numpy()
+    np.testing.assert_allclose(means.numpy(), seen.mean(axis=1), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(cov.numpy(), np.cov(seen, bias=True), atol=1e-9)
 
 
 def test_quantiles_are_scores_of_response_tokens():
@@ -46,7 +73,7 @@ def test_observation_and_padding_tokens_are_never_looked_at():
 
 def test_one_critic_has_no_correlation_and_an_empty_batch_no_metrics():
     values = torch.randn(1, 8)
-    flags = torch.ones(8, dtype=torch.bool)
+    flags = everything(8)
     assert "asyppo/critic_correlation" not in ensemble_metrics(values, values[0], values[0] * 0, values[0], flags)
     assert ensemble_metrics(values, values[0], values[0] * 0, values[0], ~flags) == {}
 

@@ -52,7 +52,17 @@ def test_the_scripts_are_valid_and_the_linked_files_exist(root, readme):
         subprocess.run(["bash", "-n", str(script)], check=True)
         assert f"scripts/{script.name}" in readme or script.name in readme
     for link in re.findall(r"\]\(([^)]+)\)", readme):
-        assert link.startswith("https://") or (root / link).exists(), link
+        if not link.startswith("https://"):
+            path, _, heading = link.partition("#")
+            assert (root / path).exists(), link
+            slugs = [
+                re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in headings(root / path)
+            ]
+            assert not heading or heading in slugs, link
+
+
+def headings(path):
+    return [line for line in path.read_text().splitlines() if line.startswith("#")] if path.suffix == ".md" else []
 
 
 def test_nothing_is_left_to_fill_in(readme):
