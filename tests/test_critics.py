@@ -31,12 +31,12 @@ class ProbedWorker(MiniCriticEnsembleWorker):
                 name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
                 for name, value in critic.engine.module.state_dict().items()
             }
-            for critic in self.critics
+            for critic in self.critics.values()
         ]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_batching(self, **engine: object) -> None:
-        for critic in self.critics:
+        for critic in self.critics.values():
             for key, value in engine.items():
                 setattr(critic.engine_config, key, value)
 
