@@ -65,7 +65,7 @@ def _check_batch_sizes(config: Any, asyppo: AsyPPOConfig) -> None:
     data_parallel = critic_ranks(config, asyppo) // config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
     share = asyppo.num_shards * (1 if config.critic.use_dynamic_bsz else (micro_batch or 1))
     if responses % (share * data_parallel):
-        ranks = fitting_ranks(config, asyppo, responses // share) if responses % share == 0 else ""
+        ranks = fitting_ranks(config, asyppo) if responses % share == 0 else ""
         raise ValueError(
             f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
             f"{asyppo.num_shards} shards x {data_parallel} data-parallel ranks"

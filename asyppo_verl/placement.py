@@ -6,7 +6,7 @@ It reads the configuration and nothing else; the arithmetic is of whole numbers.
 from collections.abc import Iterable
 from typing import Any
 
-from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig
+from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, shard_mini_batch_size
 
 
 def critic_ranks(config: Any, asyppo: AsyPPOConfig) -> int:
@@ -44,26 +44,24 @@ def check_placement(config: Any, asyppo: AsyPPOConfig) -> None:
             f"{'a multiple' if placement == 'split' else 'more'}, and asyppo.pool.nnodes=1"
         )
     if placement == "split" and pool.ranks % asyppo.num_critics:
-        below = pool.ranks - pool.ranks % asyppo.num_critics
-        even = [ranks for ranks in (below, below + asyppo.num_critics) if ranks]
         raise ValueError(
             f"asyppo.placement=split cannot deal the {pool.ranks} GPUs of asyppo.pool (n_gpus_per_node="
             f"{pool.n_gpus_per_node} * nnodes={pool.nnodes}) to asyppo.num_critics={asyppo.num_critics} evenly; "
-            f"{_listed(even)} GPUs would do, or asyppo.placement=pool"
+            f"{fitting_ranks(config, asyppo)} GPUs would do, or asyppo.placement=pool"
         )
     _check_sharding(config, asyppo)
     _check_total(config, asyppo)
 
 
-def fitting_ranks(config: Any, asyppo: AsyPPOConfig, rows: int) -> str:
-    """Numbers of GPUs on which a mini-critic could cut ``rows`` responses evenly, as text for a message."""
+def fitting_ranks(config: Any, asyppo: AsyPPOConfig) -> str:
+    """Numbers of GPUs on which the critics could cut their mini-batches evenly, as text for a message."""
     sequence_parallel = config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
-    critics = asyppo.num_critics if asyppo.placement == "split" else 1
-    return _listed(
-        ranks * critics
-        for ranks in range(1, 2 * critic_ranks(config, asyppo) + 1)
-        if ranks % sequence_parallel == 0 and rows % (ranks // sequence_parallel) == 0
-    )
+    unit = sequence_parallel * (asyppo.num_critics if asyppo.placement == "split" else 1)
+    rows = shard_mini_batch_size(config, asyppo)
+    if not config.critic.use_dynamic_bsz:
+        rows //= config.critic.ppo_micro_batch_size_per_gpu or 1
+    present = asyppo.pool.ranks if asyppo.critics_are_apart else critic_ranks(config, asyppo)
+    return _listed(count * unit for count in range(1, max(1, 2 * present // unit) + 1) if rows % count == 0)
 
 
 def _check_sharding(config: Any, asyppo: AsyPPOConfig) -> None:
