@@ -45,7 +45,7 @@ class CriticCalls:
         call = batch_io.select(
             batch,
             keys,
-            batch_io.MODEL_FIELDS,
+            batch_io.EVALUATION_FIELDS,
             compute_loss=False,
             temperature=self._config.actor_rollout_ref.rollout.temperature,
         )
@@ -82,7 +82,7 @@ class CriticCalls:
         return batch_io.select(
             batch,
             self._training_keys(batch, shard, mini_batch_size),
-            [*batch_io.MODEL_FIELDS, "returns", value_field(index)],
+            [*batch_io.TRAINING_FIELDS, value_field(index)],
             **{
                 CRITIC_ID: index,
                 "global_batch_size": mini_batch_size,

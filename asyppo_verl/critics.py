@@ -47,7 +47,19 @@ class MiniCriticSpec:
     """Seed of the new value head."""
 
 
-def critic_spec(node: DictConfig, head_seed: int) -> MiniCriticSpec:
+def critic_specs(nodes: Sequence[DictConfig], head_seed: int) -> list[MiniCriticSpec]:
+    """The mini-critics built from verl ``critic`` nodes, with the head seeds ``head_seed``, ``head_seed + 1`` and so on.
+
+    Critics with the same node share one configuration, so that their tokenizer is loaded, and sent to every rank, once.
+    """
+    workers: dict[int, TrainingWorkerConfig] = {}
+    for node in nodes:
+        if id(node) not in workers:
+            workers[id(node)] = worker_config(node)
+    return [MiniCriticSpec(workers[id(node)], head_seed + index) for index, node in enumerate(nodes)]
+
+
+def worker_config(node: DictConfig) -> TrainingWorkerConfig:
     """Turn a verl ``critic`` node into a worker configuration that honours all of its batching keys.
 
     verl's V1 trainer ignores ``use_dynamic_bsz``, ``ppo_micro_batch_size_per_gpu`` and ``ppo_max_token_len_per_gpu`` of
@@ -65,7 +77,7 @@ def critic_spec(node: DictConfig, head_seed: int) -> MiniCriticSpec:
         critic.ppo_infer_micro_batch_size_per_gpu or critic.forward_micro_batch_size_per_gpu
     )
     profiler = node.get("profiler")
-    worker = TrainingWorkerConfig(
+    return TrainingWorkerConfig(
         model_type="value_model",
         model_config=critic.model,
         engine_config=engine,
@@ -73,7 +85,6 @@ def critic_spec(node: DictConfig, head_seed: int) -> MiniCriticSpec:
         checkpoint_config=critic.checkpoint,
         profiler_config=omega_conf_to_dataclass(profiler) if profiler else None,
     )
-    return MiniCriticSpec(worker, head_seed)
 
 
 def ensemble_worker_class(specs: Sequence[MiniCriticSpec], *, split: bool = False) -> type["MiniCriticEnsembleWorker"]:
@@ -154,7 +165,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
             # A copy each: a worker leaves its engine's settings in the batch, and the next critic may have others.
             output = critic.infer_batch(data.copy())
             if output is not None:
-                values[value_field(index)] = response_from_nested(output["values"], data["response_mask"])
+                values[value_field(index)] = response_from_nested(output["values"], data["loss_mask"])
         return tu.get_tensordict(values, {"metrics": {}}) if values else None
 
     @register(dispatch_mode=_TRAIN, blocking=False)

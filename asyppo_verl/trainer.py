@@ -22,7 +22,7 @@ from asyppo_verl import asyppo, batch_io, layout, preflight
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
 from asyppo_verl.critic_calls import CriticCalls
-from asyppo_verl.critics import VALUE_PREFIX, critic_spec, ensemble_worker_class, value_field
+from asyppo_verl.critics import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
 
 CRITIC_POOL = "critic_pool"
@@ -59,10 +59,8 @@ class AsyPPOMixin(_Base):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        specs = [
-            critic_spec(preflight.critic_node(self.config, self.asyppo, index), self.asyppo.head_seed + index)
-            for index in range(self.asyppo.num_critics)
-        ]
+        nodes = [preflight.critic_node(self.config, self.asyppo, index) for index in range(self.asyppo.num_critics)]
+        specs = critic_specs(nodes, self.asyppo.head_seed)
         worker = ensemble_worker_class(specs, split=self.asyppo.placement == "split")
         self.role_worker_mapping[Role.Critic] = ray.remote(worker)
         if self.asyppo.critics_are_apart:

@@ -20,7 +20,14 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import value_loss
 
 from asyppo_verl.checkpoint import check_checkpoint
-from asyppo_verl.critics import CRITIC_ID, MiniCriticEnsembleWorker, critic_spec, share_groups, value_field
+from asyppo_verl.critics import (
+    CRITIC_ID,
+    MiniCriticEnsembleWorker,
+    critic_specs,
+    share_groups,
+    value_field,
+    worker_config,
+)
 from asyppo_verl.preflight import critic_node, read_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -68,9 +75,7 @@ def cluster():
 def start(compose, ranks: int, *overrides: str, shares: int = 1) -> RayWorkerGroup:
     config = compose(f"trainer.n_gpus_per_node={ranks}", "critic.optim.lr=1e-2", *overrides)
     asyppo = read_config(config)
-    specs = [
-        critic_spec(critic_node(config, asyppo, index), asyppo.head_seed + index) for index in range(asyppo.num_critics)
-    ]
+    specs = critic_specs([critic_node(config, asyppo, index) for index in range(2)], asyppo.head_seed)
     cls = type("ProbedEnsemble", (ProbedWorker,), {"specs": tuple(specs), "shares": shares})
     group = RayWorkerGroup(
         resource_pool=RayResourcePool([ranks], use_gpu=True, max_colocate_count=3),
@@ -147,6 +152,12 @@ def pair(cluster, toy):
 def single(cluster, toy):
     """One rank with two critics, the second one of the actor's size."""
     yield from _started(toy, 1, f"+asyppo.critic_overrides.1.model.path={toy}/actor")
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, toy):
+    """Two ranks with two critics, each rank with a whole copy of both."""
+    yield from _started(toy, 2, "critic.fsdp.fsdp_size=1")
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +275,24 @@ def test_law_6_rows_without_response_tokens_change_nothing(single):
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-6)
 
 
+def test_small_critics_can_be_kept_whole_on_every_rank(pair, whole):
+    """With fsdp_size=1 nothing is gathered for a forward pass; an optimizer step differs by the order of summation only."""
+    pair.reset()
+    whole.reset()
+    full = sum(value.numel() for value in whole.weights()[0][0].values())
+    assert whole.parameters_here() == [[full, full]] * 2
+    assert [sum(sizes) for sizes in zip(*pair.parameters_here(), strict=True)] == [full, full]
+    data = batch(20)
+    values = [group.infer_batch(data.copy()).get()[value_field(0)].values() for group in (pair, whole)]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
+    norms = [train(group, 0, data)["grad_norm"][0] for group in (pair, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    of_rank = whole.weights()
+    assert same(of_rank[0][0], of_rank[1][0]), "the copies drifted apart"
+    # Adam divides by the gradient's size, so a parameter whose gradient is nearly 0 shows rounding.
+    assert same(pair.weights()[0][0], of_rank[0][0], rtol=1e-3, atol=1e-4)
+
+
 def test_checkpoints_restore_weights_optimizer_and_schedule(pair, tmp_path):
     pair.reset()
     data = batch(20)
@@ -368,10 +397,19 @@ def test_the_critics_own_batching_keys_reach_the_engine(compose):
         "critic.fsdp.param_offload=True",
         "critic.optim.clip_grad=0.25",
     )
-    worker = critic_spec(config.critic, head_seed=0).worker
+    worker = worker_config(config.critic)
     engine = worker.engine_config
     assert (engine.use_dynamic_bsz, engine.param_offload, worker.optimizer_config.clip_grad) == (False, True, 0.25)
     assert (engine.micro_batch_size_per_gpu, engine.infer_micro_batch_size_per_gpu) == (2, 4)
     assert (engine.max_token_len_per_gpu, engine.infer_max_token_len_per_gpu) == (111, 222)
     node = compose("+critic.ppo_infer_max_token_len_per_gpu=333").critic
-    assert critic_spec(node, head_seed=0).worker.engine_config.infer_max_token_len_per_gpu == 333
+    assert worker_config(node).engine_config.infer_max_token_len_per_gpu == 333
+
+
+def test_critics_with_the_same_settings_share_one_configuration(compose):
+    config = compose("+asyppo.num_critics=3", "+asyppo.critic_overrides.1.optim.lr=0.5")
+    asyppo = read_config(config)
+    specs = critic_specs([critic_node(config, asyppo, index) for index in range(3)], head_seed=10)
+    assert specs[0].worker is specs[2].worker and specs[0].worker is not specs[1].worker
+    assert [spec.worker.optimizer_config.lr for spec in specs] == [1e-5, 0.5, 1e-5]
+    assert [spec.head_seed for spec in specs] == [10, 11, 12]

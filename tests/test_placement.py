@@ -78,10 +78,12 @@ def test_the_numbers_that_a_refusal_names_work(compose, placement):
             return str(error)
         return ""
 
+    parts = 2 if placement == "split" else 1
     for ranks in range(1, 40):
         message = tried(ranks)
         # 8 prompts x 4 responses are 16 responses a critic in each optimizer step.
-        assert bool(message) == (16 % (ranks / (2 if placement == "split" else 1)) != 0), ranks
+        works = ranks % parts == 0 and 16 % (ranks // parts) == 0
+        assert bool(message) != works, ranks
         named = re.search(r"((?:\d+, )*(?:\d+ or )?\d+) GPUs(?: \(asyppo| would)", message)
         assert bool(message) == bool(named)
         for gpus in re.findall(r"\d+", named[1]) if named else []:

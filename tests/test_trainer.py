@@ -56,7 +56,7 @@ class ForcedCritics:
         self.calls: list[KVBatchMeta] = []
 
     def infer_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
-        assert batch.fields == batch_io.MODEL_FIELDS
+        assert batch.fields == batch_io.EVALUATION_FIELDS
         any_row = next(iter(self.values.values()))
         num_critics, padding = len(any_row), torch.zeros(1, dtype=any_row[0].dtype)
         fields = {
