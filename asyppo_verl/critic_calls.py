@@ -16,7 +16,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from asyppo_verl import batch_io, layout
 from asyppo_verl.config import AsyPPOConfig, shard_mini_batch_size
-from asyppo_verl.critics import CRITIC_ID, share_groups, value_field
+from asyppo_verl.critics import CRITIC_ID, MESH, share_groups, value_field
 
 LOGGED_PER_CRITIC = ("vf_loss", "vf_clipfrac", "grad_norm", "lr")
 
@@ -30,6 +30,9 @@ class CriticCalls:
         is_split = asyppo.placement == "split" and asyppo.num_critics > 1
         self._groups = share_groups(group, asyppo.num_critics) if is_split else [group] * asyppo.num_critics
         self._data_parallel = self._groups[0].world_size // config.critic.fsdp.ulysses_sequence_parallel_size
+        for one in {self._all, *self._groups}:
+            # verl asks the ranks at their first call, and would then wait for that very call to end.
+            one._collect_info[MESH] = one._query_collect_info(MESH)
         self._evaluation: Any = None
         self._updates: dict[int, Any] = {}
 

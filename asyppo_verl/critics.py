@@ -27,6 +27,8 @@ from asyppo_verl.checkpoint import check_checkpoint, critic_folders
 CRITIC_ID = "asyppo_critic_id"
 """Batch-level field: the mini-critic that a training call is for."""
 
+MESH = "train"
+"""verl's name for the data-parallel layout of a critic's ranks."""
 
 VALUE_PREFIX = "asyppo_values_"
 """How the names of the fields with the single critics' values begin."""
@@ -113,7 +115,7 @@ def share_groups(group: RayWorkerGroup, shares: int) -> list[RayWorkerGroup]:
     ]
 
 
-_TRAIN = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
+_TRAIN = make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH)
 
 
 class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
@@ -135,7 +137,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         is_split = self.shares > 1
         held = [_join_share(self.rank, self.world_size, self.shares)] if is_split else range(len(self.specs))
         self.critics = {index: TrainingWorker(self.specs[index].worker) for index in held}
-        self.set_dispatch_collect(mesh_name="train", **self.critics[held[0]].get_dispatch_collect())
+        self.set_dispatch_collect(mesh_name=MESH, **self.critics[held[0]].get_dispatch_collect())
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:

@@ -54,6 +54,10 @@ class ForcedCritics:
     def __init__(self, values: dict[str, list[torch.Tensor]]) -> None:
         self.values = values  # key -> one tensor per critic
         self.calls: list[KVBatchMeta] = []
+        self._collect_info: dict[str, list[bool]] = {}
+
+    def _query_collect_info(self, mesh: str) -> list[bool]:
+        return [True]
 
     def infer_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
         assert batch.fields == batch_io.EVALUATION_FIELDS
@@ -297,18 +301,18 @@ def test_a_critic_without_responses_sits_the_step_out(compose, clean):
     assert metrics["critic/vf_loss"] == 0.5
 
 
-class Noted:
-    """Events in the order in which they happened, and worker groups that note theirs."""
+class Noted(ForcedCritics):
+    """Stands for the actor's worker group too, and notes what happens in which order."""
 
     def __init__(self, values: dict, fails: bool = False) -> None:
+        super().__init__(values)
         self.events: list[str] = []
-        self.critics = ForcedCritics(values)
-        self.world_size, self.fails = 1, fails
+        self.fails = fails
         self._dispatch_info = {"actor": [0]}
 
-    def infer_batch(self, batch: KVBatchMeta) -> object:
+    def infer_batch(self, batch: KVBatchMeta) -> "Noted":
         self.events.append("evaluation begins")
-        self.critics.infer_batch(batch)
+        super().infer_batch(batch)
         return self
 
     @property
@@ -317,7 +321,7 @@ class Noted:
         return []
 
     def train_mini_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
-        critic, answer = batch.extra_info[CRITIC_ID], self.critics.train_mini_batch(batch)
+        critic, answer = batch.extra_info[CRITIC_ID], super().train_mini_batch(batch)
         self.events.append(f"update of {critic} begins")
 
         def get() -> dict:
