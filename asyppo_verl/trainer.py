@@ -127,7 +127,14 @@ class AsyPPOMixin(_Base):
         """verl's first pass of the actor; critics with GPUs of their own evaluate at the same time."""
         if self.asyppo.critics_are_apart:
             self._critics.start_evaluation(batch, self._actor_ranks)
-        return super()._compute_old_log_prob(batch, metrics)
+        return self._for_the_actor(super()._compute_old_log_prob(batch, metrics))
+
+    @staticmethod
+    def _for_the_actor(batch: KVBatchMeta) -> KVBatchMeta:
+        """The batch without the single critics' values, which no model of the actor has a use for."""
+        if batch.fields:
+            batch.fields = [field for field in batch.fields if not field.startswith(VALUE_PREFIX)]
+        return batch
 
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Every mini-critic evaluates every response; their mean becomes verl's ``values``."""
@@ -180,10 +187,9 @@ class AsyPPOMixin(_Base):
             ensemble_metrics(evaluation.values_MN, evaluation.value_N, evaluation.sigma_N, returns_N, is_response_N)
         )
         metrics.update(selection_metrics(advantages_N, keep_adv_N, keep_ent_N, is_response_N))
-        fields = batch_io.store(batch, responses, **changed) if changed else batch.fields
-        # The actor has no use for the single critics' values.
-        batch.fields = [field for field in fields if not field.startswith(VALUE_PREFIX)]
-        return batch
+        if changed:
+            batch.fields = batch_io.store(batch, responses, **changed)
+        return self._for_the_actor(batch)
 
     def _critic_target(self, batch: KVBatchMeta) -> Tensor:
         """The lambda-return of the mean value with the critics' own lambda, by verl's GAE."""
