@@ -89,7 +89,7 @@ class AsyPPOMixin(_Base):
         for index, keys in enumerate(shards):
             metrics[f"asyppo/critic_{index}/responses"] = len(keys)
         if not self._train_on_everything:
-            rows = layout.padding_needed(map(len, shards), self._mini_batch_size)
+            rows = layout.padding_needed(map(len, shards), shard_mini_batch_size(self.config, self.asyppo))
             batch = batch_io.add_padding(batch, rows, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
@@ -108,10 +108,6 @@ class AsyPPOMixin(_Base):
     @property
     def _train_on_everything(self) -> bool:
         return self.asyppo.num_shards == 1
-
-    @property
-    def _mini_batch_size(self) -> int:
-        return shard_mini_batch_size(self.config, self.asyppo)
 
     # -- values and advantages -------------------------------------------------------------------------------------
 
