@@ -67,7 +67,7 @@ def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     # A short path, since Ray's sockets live below it.
     with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        ray.init(address="local", num_cpus=32, num_gpus=8, include_dashboard=False, _temp_dir=folder)
+        ray.init(address="local", num_cpus=48, num_gpus=16, include_dashboard=False, _temp_dir=folder)
         yield
         ray.shutdown()
 
