@@ -322,8 +322,9 @@ def test_the_saved_configuration_names_the_class_that_was_saved(pair, tmp_path):
 
 def test_a_critic_on_its_own_share_is_the_critic_that_spans_as_many_ranks(pair, dealt):
     """Values, an optimizer step and the metrics of both agree to the last bit, though nothing is shared."""
-    pair.reset()
-    dealt.reset()
+    for group in (pair, dealt):
+        group.reset()
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=128)
     data = batch(20)
     expected = pair.infer_batch(data.copy()).get()
     answers = [answer for answer in ray.get(dealt.infer_batch(data.copy()).futures) if answer is not None]
@@ -340,8 +341,9 @@ def test_a_critic_on_its_own_share_is_the_critic_that_spans_as_many_ranks(pair, 
 
 
 def test_checkpoints_move_between_placements_with_as_many_ranks(pair, dealt, tmp_path):
-    pair.reset()
-    dealt.reset()
+    for group in (pair, dealt):
+        group.reset()
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=128)
     data = batch(20)
     shares = share_groups(dealt, 2)
     for index in range(2):
