@@ -9,8 +9,11 @@ from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 
-MODEL_FIELDS = ["input_ids", "position_ids", "loss_mask", "prompts", "responses", "response_mask"]
-"""What a value model needs to evaluate a row."""
+EVALUATION_FIELDS = ["input_ids", "position_ids", "loss_mask"]
+"""What a value model needs to evaluate a row; the loss mask has the length of the response."""
+
+TRAINING_FIELDS = [*EVALUATION_FIELDS, "prompts", "responses", "response_mask", "returns"]
+"""What verl's value loss needs besides the values before the update."""
 
 KEEP_ENTROPY = "asyppo_keep_entropy"
 """Field with the tokens whose entropy earns the bonus, True = used."""
@@ -77,7 +80,7 @@ def store(batch: KVBatchMeta, responses: Responses, **fields_N: Tensor) -> list[
 
 def select(batch: KVBatchMeta, keys: list[str], fields: list[str], **extra_info: object) -> KVBatchMeta:
     """Some rows and fields of the batch, with batch-level settings for the worker that receives them."""
-    part = batch.select_keys(keys)
-    part.fields = fields
-    part.extra_info = {**(part.extra_info or {}), **extra_info}
-    return part
+    # Without the rows' tags, which no worker reads and verl would copy one by one.
+    return KVBatchMeta(
+        keys=list(keys), tags=[{}] * len(keys), partition_id=batch.partition_id, fields=fields, extra_info=extra_info
+    )

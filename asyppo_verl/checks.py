@@ -3,6 +3,7 @@
 from typing import Any
 
 from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, nearest
+from asyppo_verl.placement import check_placement, critic_ranks, fitting_ranks, ranks_key
 
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 """verl's trainers, ``trainer.v1.trainer_mode``."""
@@ -40,6 +41,7 @@ def check_against_verl(config: Any, asyppo: AsyPPOConfig) -> None:
             "which would then never learn; set critic.model.lora_rank=0"
         )
     _check_loss_mode(config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla"), asyppo)
+    check_placement(config, asyppo)
     _check_batch_sizes(config, asyppo)
 
 
@@ -60,21 +62,16 @@ def _check_batch_sizes(config: Any, asyppo: AsyPPOConfig) -> None:
         )
     mini_batch, micro_batch = config.critic.ppo_mini_batch_size, config.critic.ppo_micro_batch_size_per_gpu
     responses = mini_batch * n
-    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    sequence_parallel = config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
-    if ranks % sequence_parallel:
-        raise ValueError(
-            f"critic.fsdp.ulysses_sequence_parallel_size={sequence_parallel} does not divide the {ranks} GPUs of "
-            "trainer.nnodes * trainer.n_gpus_per_node"
-        )
-    data_parallel = ranks // sequence_parallel
-    unit = asyppo.num_shards * data_parallel * (1 if config.critic.use_dynamic_bsz else (micro_batch or 1))
-    if responses % unit:
+    data_parallel = critic_ranks(config, asyppo) // config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
+    share = asyppo.num_shards * (1 if config.critic.use_dynamic_bsz else (micro_batch or 1))
+    if responses % (share * data_parallel):
+        ranks = fitting_ranks(config, asyppo) if responses % share == 0 else ""
         raise ValueError(
             f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
             f"{asyppo.num_shards} shards x {data_parallel} data-parallel ranks"
             + ("" if config.critic.use_dynamic_bsz else f" x critic.ppo_micro_batch_size_per_gpu={micro_batch}")
-            + f"; make the product of the first two a multiple of {unit}"
+            + f"; make the product of the first two a multiple of {share * data_parallel}"
+            + (f", or give the critics {ranks} GPUs ({ranks_key(asyppo)})" if ranks else "")
         )
     infer = config.critic.get("ppo_infer_micro_batch_size_per_gpu") or config.critic.get(
         "forward_micro_batch_size_per_gpu"

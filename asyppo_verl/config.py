@@ -29,6 +29,52 @@ OVERRIDABLE = (
 """Keys of verl's ``critic`` node that a single mini-critic may have to itself: how it is built and fed, not its loss."""
 
 
+PLACEMENTS = ("colocated", "pool", "split")
+"""Where the mini-critics can run, ``asyppo.placement``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticPool:
+    """The GPUs that belong to the mini-critics alone, on top of those of ``trainer``.
+
+    Raises:
+        ValueError: if a value is not a whole number, or negative.
+    """
+
+    n_gpus_per_node: int = 0
+    """GPUs per node; 0: there is no such pool."""
+
+    nnodes: int = 1
+    """Nodes."""
+
+    def __post_init__(self) -> None:
+        for key, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"asyppo.pool.{key}={value!r} must be a whole number, 0 or more")
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in all."""
+        return self.n_gpus_per_node * self.nnodes
+
+    @classmethod
+    def from_node(cls, node: Any) -> "CriticPool":
+        """Build from the ``asyppo.pool`` node as a plain mapping.
+
+        Raises:
+            ValueError: if it is no mapping, on an unknown key, and on bad values.
+        """
+        if not isinstance(node, Mapping):
+            raise ValueError(f"asyppo.pool={node!r} must be a mapping such as {{n_gpus_per_node: 4, nnodes: 1}}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in node:
+            if key not in names:
+                raise ValueError(
+                    f"asyppo.pool.{key}={node[key]!r} is not a setting{nearest(key, names)}; valid keys: {', '.join(names)}"
+                )
+        return cls(**node)
+
+
 @dataclasses.dataclass(frozen=True)
 class AsyPPOConfig:
     """The top-level ``asyppo`` node of a verl configuration; every key is optional.
@@ -58,6 +104,13 @@ class AsyPPOConfig:
     head_seed: int = 1000
     """Critic m draws its new value head with seed ``head_seed + m`` (our decision; the paper is silent)."""
 
+    placement: str = "colocated"
+    """Where the critics run: "colocated" (on the actor's GPUs, taking turns), "pool" (all on GPUs of their own, beside the
+    actor), "split" (each on its own share of those, all at the same time). The results do not depend on it (ours)."""
+
+    pool: CriticPool = dataclasses.field(default_factory=CriticPool)
+    """The critics' own GPUs, for "pool" and "split": ``{n_gpus_per_node: 4, nnodes: 1}``."""
+
     critic_overrides: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Settings of single critics on top of verl's ``critic`` node: ``{1: {model: {path: ...}, optim: {lr: 1e-5}}}``."""
 
@@ -82,12 +135,22 @@ class AsyPPOConfig:
             raise ValueError(f"asyppo.critic_lam={self.critic_lam} must lie in [0, 1]; 1 is the Monte-Carlo return")
         if self.shard not in ("group", "prompt", "none"):
             raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(
+                f"asyppo.placement={self.placement!r} is unknown{nearest(self.placement, PLACEMENTS)}; "
+                f"set one of {', '.join(PLACEMENTS)}"
+            )
         self._check_overrides()
 
     @property
     def num_shards(self) -> int:
         """Into how many disjoint parts the responses are dealt: M, or 1 where every critic trains on all of them."""
         return 1 if self.shard == "none" else self.num_critics
+
+    @property
+    def critics_are_apart(self) -> bool:
+        """True if the critics have GPUs of their own, and so work at the same time as the actor."""
+        return self.placement != "colocated"
 
     def _require_type(self, key: str, kind: type | tuple[type, ...], name: str) -> None:
         value = getattr(self, key)
@@ -137,6 +200,8 @@ class AsyPPOConfig:
             node["critic_overrides"] = {int(k) if str(k).isdecimal() else k: v for k, v in overrides.items()}
         elif overrides is None:
             node.pop("critic_overrides", None)
+        if "pool" in node:
+            node["pool"] = CriticPool.from_node(node["pool"])
         return cls(**node)
 
 

@@ -11,18 +11,24 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.single_controller.ray import RayWorkerGroup
+from verl.trainer.ppo.utils import Role
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_device_name, get_nccl_backend
 from verl.utils.profiler import DistProfiler, DistProfilerExtension
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
 
 from asyppo_verl import value_model
+from asyppo_verl.checkpoint import check_checkpoint, critic_folders
 
 CRITIC_ID = "asyppo_critic_id"
 """Batch-level field: the mini-critic that a training call is for."""
 
+MESH = "train"
+"""verl's name for the data-parallel layout of a critic's ranks."""
 
 VALUE_PREFIX = "asyppo_values_"
 """How the names of the fields with the single critics' values begin."""
@@ -43,7 +49,19 @@ class MiniCriticSpec:
     """Seed of the new value head."""
 
 
-def critic_spec(node: DictConfig, head_seed: int) -> MiniCriticSpec:
+def critic_specs(nodes: Sequence[DictConfig], head_seed: int) -> list[MiniCriticSpec]:
+    """The mini-critics built from verl ``critic`` nodes, with the head seeds ``head_seed``, ``head_seed + 1`` and so on.
+
+    Critics with the same node share one configuration, so that their tokenizer is loaded, and sent to every rank, once.
+    """
+    workers: dict[int, TrainingWorkerConfig] = {}
+    for node in nodes:
+        if id(node) not in workers:
+            workers[id(node)] = worker_config(node)
+    return [MiniCriticSpec(workers[id(node)], head_seed + index) for index, node in enumerate(nodes)]
+
+
+def worker_config(node: DictConfig) -> TrainingWorkerConfig:
     """Turn a verl ``critic`` node into a worker configuration that honours all of its batching keys.
 
     verl's V1 trainer ignores ``use_dynamic_bsz``, ``ppo_micro_batch_size_per_gpu`` and ``ppo_max_token_len_per_gpu`` of
@@ -61,7 +79,7 @@ def critic_spec(node: DictConfig, head_seed: int) -> MiniCriticSpec:
         critic.ppo_infer_micro_batch_size_per_gpu or critic.forward_micro_batch_size_per_gpu
     )
     profiler = node.get("profiler")
-    worker = TrainingWorkerConfig(
+    return TrainingWorkerConfig(
         model_type="value_model",
         model_config=critic.model,
         engine_config=engine,
@@ -69,66 +87,87 @@ def critic_spec(node: DictConfig, head_seed: int) -> MiniCriticSpec:
         checkpoint_config=critic.checkpoint,
         profiler_config=omega_conf_to_dataclass(profiler) if profiler else None,
     )
-    return MiniCriticSpec(worker, head_seed)
 
 
-def ensemble_worker_class(specs: Sequence[MiniCriticSpec]) -> type["MiniCriticEnsembleWorker"]:
+def ensemble_worker_class(specs: Sequence[MiniCriticSpec], *, split: bool = False) -> type["MiniCriticEnsembleWorker"]:
     """A worker class that carries its specs: verl hands a critic worker one configuration, and we need M.
 
     Made anew at every call, so that Ray ships it by value; attributes set on an importable class would be lost.
+
+    Args:
+        specs: one per mini-critic.
+        split: the ranks are dealt to the critics in equal runs, instead of every critic spanning all of them.
     """
-    return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), {"specs": tuple(specs)})
+    shares = len(specs) if split else 1
+    return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), {"specs": tuple(specs), "shares": shares})
 
 
-_TRAIN = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
+def share_groups(group: RayWorkerGroup, shares: int) -> list[RayWorkerGroup]:
+    """The runs of ranks that :func:`ensemble_worker_class` deals to the critics, each as a worker group of its own."""
+    role, size = str(Role.Critic), group.world_size // shares
+    return [
+        group.from_detached(
+            worker_names=group.worker_names[start : start + size],
+            worker_handles=group.workers[start : start + size],
+            ray_cls_with_init=group.ray_cls_with_init,
+        ).spawn({role})[role]
+        for start in range(0, group.world_size, size)
+    ]
+
+
+_TRAIN = make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH)
 
 
 class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
     """One rank of all mini-critics.
 
-    It has the methods that verl's trainer calls on its critic. Each mini-critic spans all ranks of the role's pool and
-    has its own FSDP engine, optimizer, scheduler and checkpoint folder; with ``critic.fsdp.param_offload`` only the one at
-    work is on the accelerator.
+    It has the methods that verl's trainer calls on its critic. Each mini-critic has its own FSDP engine, optimizer,
+    scheduler and checkpoint folder, and spans all ranks of the role's pool, or its share of them; with
+    ``critic.fsdp.param_offload`` only the one at work is on the accelerator.
     """
 
     specs: tuple[MiniCriticSpec, ...] = ()
+    shares: int = 1
+    """Into how many equal runs the ranks are dealt: 1, or one per critic."""
 
     def __init__(self, config: Any = None) -> None:
         Worker.__init__(self)
         DistProfilerExtension.__init__(self, DistProfiler(rank=self.rank, config=None, tool_config=None))
         value_model.install(verl.utils.model)
-        self.critics = [TrainingWorker(spec.worker) for spec in self.specs]
-        self.set_dispatch_collect(mesh_name="train", **self.critics[0].get_dispatch_collect())
+        is_split = self.shares > 1
+        held = [_join_share(self.rank, self.world_size, self.shares)] if is_split else range(len(self.specs))
+        self.critics = {index: TrainingWorker(self.specs[index].worker) for index in held}
+        self.set_dispatch_collect(mesh_name=MESH, **self.critics[held[0]].get_dispatch_collect())
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
         """Build every model; the new heads differ between critics and agree between ranks and runs."""
-        for critic, spec in zip(self.critics, self.specs, strict=True):
+        for index, critic in self.critics.items():
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(spec.head_seed)
+                torch.default_generator.manual_seed(self.specs[index].head_seed)
                 critic.reset()
             _name_architecture(critic.engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_loss_fn(self, loss_fn: Callable) -> None:
         """Give every critic verl's value loss; each normalises and clips on its own data."""
-        for critic in self.critics:
+        for critic in self.critics.values():
             critic.set_loss_fn(loss_fn)
 
     @register(dispatch_mode=_TRAIN, blocking=False)
     def infer_batch(self, data: TensorDict) -> TensorDict | None:
-        """Every critic evaluates the whole batch.
+        """Every critic of this rank evaluates the whole batch.
 
         Returns:
             A field per critic (:func:`value_field`), jagged (B, T) on response positions; None on ranks that verl does not
             collect from.
         """
         values = {}
-        for index, critic in enumerate(self.critics):
+        for index, critic in self.critics.items():
             # A copy each: a worker leaves its engine's settings in the batch, and the next critic may have others.
             output = critic.infer_batch(data.copy())
             if output is not None:
-                values[value_field(index)] = response_from_nested(output["values"], data["response_mask"])
+                values[value_field(index)] = response_from_nested(output["values"], data["loss_mask"])
         return tu.get_tensordict(values, {"metrics": {}}) if values else None
 
     @register(dispatch_mode=_TRAIN, blocking=False)
@@ -153,34 +192,40 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         """Load every critic from ``critic_<m>``.
 
         Raises:
-            ValueError: if the folders are not those of exactly M mini-critics, before anything is loaded.
+            ValueError: if the folders do not fit this run's critics and their ranks, before anything is loaded.
         """
-        check_checkpoint(local_path, len(self.critics))
+        ranks = torch.distributed.get_world_size()
+        check_checkpoint(local_path, len(self.specs), held=self.critics, ranks=ranks)
         for folder, remote, critic in self._folders(local_path, hdfs_path):
             critic.load_checkpoint(folder, remote, del_local_after_load)
 
     def _folders(self, local_path: str, hdfs_path: str | None) -> list[tuple[str, str | None, TrainingWorker]]:
+        names = critic_folders(len(self.specs))
         return [
-            (os.path.join(local_path, name), hdfs_path and os.path.join(hdfs_path, name), critic)
-            for name, critic in zip(critic_folders(len(self.critics)), self.critics, strict=True)
+            (os.path.join(local_path, names[index]), hdfs_path and os.path.join(hdfs_path, names[index]), critic)
+            for index, critic in self.critics.items()
         ]
 
 
-def critic_folders(num_critics: int) -> list[str]:
-    """Names of the mini-critics' folders in a checkpoint."""
-    return [f"critic_{index}" for index in range(num_critics)]
+def _join_share(rank: int, world_size: int, shares: int) -> int:
+    """Make the process group of this rank's share torch's default, so that FSDP never looks beyond it.
 
+    The shares meet at the address that verl gives the whole worker group.
 
-def check_checkpoint(path: str, num_critics: int) -> None:
-    """Raises ValueError unless ``path`` holds the folders of exactly ``num_critics`` mini-critics."""
-    found = {name for name in (os.listdir(path) if os.path.isdir(path) else []) if name.startswith("critic_")}
-    expected = set(critic_folders(num_critics))
-    if found != expected:
-        raise ValueError(
-            f"the checkpoint {path} does not fit asyppo.num_critics={num_critics}: "
-            f"missing {sorted(expected - found) or 'nothing'}, unexpected {sorted(found - expected) or 'nothing'}; "
-            "set num_critics to what the run was saved with, or trainer.resume_mode=disable to start anew"
-        )
+    Returns:
+        The index of the share.
+    """
+    size = world_size // shares
+    share, rank_in_share = divmod(rank, size)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False)
+    torch.distributed.init_process_group(
+        backend=f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}",
+        store=torch.distributed.PrefixStore(f"share_{share}", store),
+        rank=rank_in_share,
+        world_size=size,
+    )
+    return share
 
 
 def _name_architecture(module: Any) -> None:

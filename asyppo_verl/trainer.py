@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,17 @@ from verl.trainer.ppo.core_algos import compute_gae_advantage_return
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
-from verl.utils.metric import reduce_metrics
-from verl.utils.py_functional import rename_dict
-from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
+from verl.utils.debug import marked_timer
 
 from asyppo_verl import asyppo, batch_io, layout, preflight
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
-from asyppo_verl.critics import CRITIC_ID, VALUE_PREFIX, critic_spec, ensemble_worker_class, value_field
+from asyppo_verl.critic_calls import CriticCalls
+from asyppo_verl.critics import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
 
-LOGGED_PER_CRITIC = ("vf_loss", "vf_clipfrac", "grad_norm", "lr")
+CRITIC_POOL = "critic_pool"
+"""verl's name for the GPUs of ``asyppo.pool``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,14 @@ class AsyPPOMixin(_Base):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        specs = [
-            critic_spec(preflight.critic_node(self.config, self.asyppo, index), self.asyppo.head_seed + index)
-            for index in range(self.asyppo.num_critics)
-        ]
-        self.role_worker_mapping[Role.Critic] = ray.remote(ensemble_worker_class(specs))
+        nodes = [preflight.critic_node(self.config, self.asyppo, index) for index in range(self.asyppo.num_critics)]
+        specs = critic_specs(nodes, self.asyppo.head_seed)
+        worker = ensemble_worker_class(specs, split=self.asyppo.placement == "split")
+        self.role_worker_mapping[Role.Critic] = ray.remote(worker)
+        if self.asyppo.critics_are_apart:
+            pool = self.asyppo.pool
+            self.resource_pool_manager.resource_pool_spec[CRITIC_POOL] = [pool.n_gpus_per_node] * pool.nnodes
+            self.resource_pool_manager.mapping[Role.Critic] = CRITIC_POOL
 
     def _setup(self) -> None:
         super()._setup()
@@ -85,7 +89,7 @@ class AsyPPOMixin(_Base):
         for index, keys in enumerate(shards):
             metrics[f"asyppo/critic_{index}/responses"] = len(keys)
         if not self._train_on_everything:
-            rows = layout.padding_needed(map(len, shards), self._mini_batch_size)
+            rows = layout.padding_needed(map(len, shards), shard_mini_batch_size(self.config, self.asyppo))
             batch = batch_io.add_padding(batch, rows, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
@@ -105,35 +109,34 @@ class AsyPPOMixin(_Base):
     def _train_on_everything(self) -> bool:
         return self.asyppo.num_shards == 1
 
-    @property
-    def _mini_batch_size(self) -> int:
-        return shard_mini_batch_size(self.config, self.asyppo)
-
-    def _training_keys(self, batch: KVBatchMeta, shard: list[str]) -> list[str]:
-        """The rows of one training call in the order in which verl cuts them into ranks and mini-batches."""
-        if self._train_on_everything:
-            return batch.keys
-        padding = batch_io.padding_keys(batch)[: -len(shard) % self._mini_batch_size]
-        length_of = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
-        keys = [*shard, *padding]
-        ranks = self.critic_wg.world_size // self.config.critic.fsdp.ulysses_sequence_parallel_size
-        lengths = torch.tensor([length_of[key] for key in keys], dtype=torch.int64)
-        workload = calculate_workload(lengths).tolist()
-        parts = get_seqlen_balanced_partitions(workload, k_partitions=ranks, equal_size=True)
-        return [keys[i] for i in layout.training_order(len(shard), parts)]
-
     # -- values and advantages -------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _critics(self) -> CriticCalls:
+        return CriticCalls(self.critic_wg, self.config, self.asyppo)
+
+    @property
+    def _actor_ranks(self) -> int:
+        return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """verl's first pass of the actor; critics with GPUs of their own evaluate at the same time."""
+        if self.asyppo.critics_are_apart:
+            self._critics.start_evaluation(batch, self._actor_ranks)
+        return self._for_the_actor(super()._compute_old_log_prob(batch, metrics))
+
+    @staticmethod
+    def _for_the_actor(batch: KVBatchMeta) -> KVBatchMeta:
+        """The batch without the single critics' values, which no model of the actor has a use for."""
+        if batch.fields:
+            batch.fields = [field for field in batch.fields if not field.startswith(VALUE_PREFIX)]
+        return batch
 
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Every mini-critic evaluates every response; their mean becomes verl's ``values``."""
-        call = batch_io.select(
-            batch,
-            batch.keys,
-            batch_io.MODEL_FIELDS,
-            compute_loss=False,
-            temperature=self.config.actor_rollout_ref.rollout.temperature,
-        )
-        ray.get(self.critic_wg.infer_batch(call).futures)
+        if not self.asyppo.critics_are_apart:
+            self._critics.start_evaluation(batch, self._actor_ranks)
+        self._critics.finish_evaluation()
 
         fields = [value_field(index) for index in range(self.asyppo.num_critics)]
         responses = batch_io.fetch(batch, *fields)
@@ -180,10 +183,9 @@ class AsyPPOMixin(_Base):
             ensemble_metrics(evaluation.values_MN, evaluation.value_N, evaluation.sigma_N, returns_N, is_response_N)
         )
         metrics.update(selection_metrics(advantages_N, keep_adv_N, keep_ent_N, is_response_N))
-        fields = batch_io.store(batch, responses, **changed) if changed else batch.fields
-        # The actor has no use for the single critics' values.
-        batch.fields = [field for field in fields if not field.startswith(VALUE_PREFIX)]
-        return batch
+        if changed:
+            batch.fields = batch_io.store(batch, responses, **changed)
+        return self._for_the_actor(batch)
 
     def _critic_target(self, batch: KVBatchMeta) -> Tensor:
         """The lambda-return of the mean value with the critics' own lambda, by verl's GAE."""
@@ -210,39 +212,19 @@ class AsyPPOMixin(_Base):
     # -- critic update ---------------------------------------------------------------------------------------------
 
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Each mini-critic trains on its shard; a critic without responses in this batch sits the step out."""
-        futures = {}
-        for index, shard in enumerate(self._shards(batch)):
-            if shard:
-                futures[index] = self.critic_wg.train_mini_batch(self._training_call(batch, index, shard))
-        of_critic: dict[int, dict[str, Any]] = {}
-        for index, future in futures.items():
-            of_critic[index] = reduce_metrics(rename_dict(future.get()["metrics"], "critic/"))
-            for name in LOGGED_PER_CRITIC:
-                metrics[f"asyppo/critic_{index}/{name}"] = of_critic[index][f"critic/{name}"]
-        shared: dict[str, Any] = {
-            key: [values[key] for values in of_critic.values()] for key in next(iter(of_critic.values()))
-        }
-        shared["perf/mfu/critic"] = shared.pop("critic/mfu")
-        metrics.update(reduce_metrics(shared))
+        """Each mini-critic trains on its shard, beside the actor if it has GPUs of its own."""
+        self._critics.start_update(batch, self._shards(batch))
+        if not self.asyppo.critics_are_apart:
+            metrics.update(self._critics.finish_update())
         return batch
 
-    def _training_call(self, batch: KVBatchMeta, index: int, shard: list[str]) -> KVBatchMeta:
-        critic = self.config.critic
-        return batch_io.select(
-            batch,
-            self._training_keys(batch, shard),
-            [*batch_io.MODEL_FIELDS, "returns", value_field(index)],
-            **{
-                CRITIC_ID: index,
-                "global_batch_size": self._mini_batch_size,
-                "mini_batch_size": self._mini_batch_size,
-                "epochs": critic.ppo_epochs,
-                "seed": critic.data_loader_seed,
-                "dataloader_kwargs": {"shuffle": critic.shuffle},
-                "temperature": self.config.actor_rollout_ref.rollout.temperature,
-            },
-        )
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+        """verl's step; whatever comes after it finds the critics trained, the actor's update or not."""
+        batch = super()._step_once(metrics, timing_raw, sample_batch_size)
+        if self.asyppo.critics_are_apart:
+            with marked_timer("update_critic", timing_raw, color="pink"):
+                metrics.update(self._critics.finish_update())
+        return batch
 
 
 class AsyPPOTrainerSync(AsyPPOMixin, PPOTrainerSync):

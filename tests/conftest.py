@@ -40,10 +40,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(root: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory):
     """Run folder, metrics and terminal output of a run of two steps on one rank; copy the folder before changing it."""
-    from training import train
+    from training import replaying, train
 
     run_dir = tmp_path_factory.mktemp("run") / "one"
-    return run_dir, *train(root, toy, run_dir, "trainer.total_training_steps=2", "trainer.save_freq=1")
+    # The first run with these settings records the rollouts that later ones are given.
+    recording = replaying(run_dir / "rollouts")
+    return run_dir, *train(root, toy, run_dir, "trainer.total_training_steps=2", "trainer.save_freq=1", *recording)
 
 
 @pytest.fixture

@@ -9,12 +9,25 @@ import ray
 import torch
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    create_colocated_worker_cls,
+)
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import value_loss
 
-from asyppo_verl.critics import CRITIC_ID, MiniCriticEnsembleWorker, check_checkpoint, critic_spec, value_field
+from asyppo_verl.checkpoint import check_checkpoint
+from asyppo_verl.critics import (
+    CRITIC_ID,
+    MiniCriticEnsembleWorker,
+    critic_specs,
+    share_groups,
+    value_field,
+    worker_config,
+)
 from asyppo_verl.preflight import critic_node, read_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -25,18 +38,26 @@ class ProbedWorker(MiniCriticEnsembleWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def weights(self) -> list[dict[str, torch.Tensor]]:
-        """Full parameters of every critic."""
+        """Full parameters of every critic of this rank."""
         return [
             {
                 name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
                 for name, value in critic.engine.module.state_dict().items()
             }
-            for critic in self.critics
+            for critic in self.critics.values()
+        ]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def parameters_here(self) -> list[int]:
+        """How many parameters of each critic this rank keeps."""
+        return [
+            sum(parameter.to_local().numel() for parameter in critic.engine.module.parameters())
+            for critic in self.critics.values()
         ]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_batching(self, **engine: object) -> None:
-        for critic in self.critics:
+        for critic in self.critics.values():
             for key, value in engine.items():
                 setattr(critic.engine_config, key, value)
 
@@ -46,23 +67,21 @@ def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     # A short path, since Ray's sockets live below it.
     with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        ray.init(address="local", num_cpus=32, num_gpus=8, include_dashboard=False, _temp_dir=folder)
+        ray.init(address="local", num_cpus=48, num_gpus=16, include_dashboard=False, _temp_dir=folder)
         yield
         ray.shutdown()
 
 
-def start(compose, ranks: int, *overrides: str) -> RayWorkerGroup:
+def start(compose, ranks: int, *overrides: str, shares: int = 1) -> RayWorkerGroup:
     config = compose(f"trainer.n_gpus_per_node={ranks}", "critic.optim.lr=1e-2", *overrides)
     asyppo = read_config(config)
-    specs = [
-        critic_spec(critic_node(config, asyppo, index), asyppo.head_seed + index) for index in range(asyppo.num_critics)
-    ]
-    cls = type("ProbedEnsemble", (ProbedWorker,), {"specs": tuple(specs)})
+    specs = critic_specs([critic_node(config, asyppo, index) for index in range(2)], asyppo.head_seed)
+    cls = type("ProbedEnsemble", (ProbedWorker,), {"specs": tuple(specs), "shares": shares})
     group = RayWorkerGroup(
         resource_pool=RayResourcePool([ranks], use_gpu=True, max_colocate_count=3),
-        ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(cls)),
+        ray_cls_with_init=create_colocated_worker_cls({"critic": RayClassWithInitArgs(cls=ray.remote(cls))}),
         device_name="cpu",
-    )
+    ).spawn({"critic"})["critic"]
     group.reset()
     loss_config = omega_conf_to_dataclass(config.critic)
     group.set_loss_fn(_Loss(loss_config))
@@ -135,10 +154,22 @@ def single(cluster, toy):
     yield from _started(toy, 1, f"+asyppo.critic_overrides.1.model.path={toy}/actor")
 
 
-def _started(toy: Path, ranks: int, *overrides: str):
+@pytest.fixture(scope="module")
+def whole(cluster, toy):
+    """Two ranks with two critics, each rank with a whole copy of both."""
+    yield from _started(toy, 2, "critic.fsdp.fsdp_size=1")
+
+
+@pytest.fixture(scope="module")
+def dealt(cluster, toy):
+    """Four ranks, of which each of two critics has two."""
+    yield from _started(toy, 4, shares=2)
+
+
+def _started(toy: Path, ranks: int, *overrides: str, shares: int = 1):
     from conftest import compose
 
-    group = start(compose.__wrapped__(toy), ranks, *overrides)
+    group = start(compose.__wrapped__(toy), ranks, *overrides, shares=shares)
     yield group
     for worker in group.workers:
         ray.kill(worker)
@@ -244,6 +275,24 @@ def test_law_6_rows_without_response_tokens_change_nothing(single):
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-6)
 
 
+def test_small_critics_can_be_kept_whole_on_every_rank(pair, whole):
+    """With fsdp_size=1 nothing is gathered for a forward pass; an optimizer step differs by the order of summation only."""
+    pair.reset()
+    whole.reset()
+    full = sum(value.numel() for value in whole.weights()[0][0].values())
+    assert whole.parameters_here() == [[full, full]] * 2
+    assert [sum(sizes) for sizes in zip(*pair.parameters_here(), strict=True)] == [full, full]
+    data = batch(20)
+    values = [group.infer_batch(data.copy()).get()[value_field(0)].values() for group in (pair, whole)]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
+    norms = [train(group, 0, data)["grad_norm"][0] for group in (pair, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    of_rank = whole.weights()
+    assert same(of_rank[0][0], of_rank[1][0]), "the copies drifted apart"
+    # Adam divides by the gradient's size, so a parameter whose gradient is nearly 0 shows rounding.
+    assert same(pair.weights()[0][0], of_rank[0][0], rtol=1e-3, atol=1e-4)
+
+
 def test_checkpoints_restore_weights_optimizer_and_schedule(pair, tmp_path):
     pair.reset()
     data = batch(20)
@@ -269,6 +318,59 @@ def test_the_saved_configuration_names_the_class_that_was_saved(pair, tmp_path):
     pair.save_checkpoint(str(tmp_path), None, 1, None)
     config = AutoConfig.from_pretrained(tmp_path / "critic_0" / "huggingface")
     assert config.architectures == ["Qwen3ForTokenClassification"]
+
+
+def test_a_critic_on_its_own_share_is_the_critic_that_spans_as_many_ranks(pair, dealt):
+    """Values, an optimizer step and the metrics of both agree to the last bit, though nothing is shared."""
+    for group in (pair, dealt):
+        group.reset()
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=128)
+    data = batch(20)
+    expected = pair.infer_batch(data.copy()).get()
+    answers = [answer for answer in ray.get(dealt.infer_batch(data.copy()).futures) if answer is not None]
+    for index, share in enumerate(share_groups(dealt, 2)):
+        assert share.world_size == 2
+        parts = [answer[value_field(index)].values() for answer in answers if value_field(index) in answer]
+        assert torch.equal(torch.cat(parts), expected[value_field(index)].values())
+        metrics = [train(group, index, data) for group in (pair, share)]
+        for key in ("critic/vf_loss", "grad_norm", "lr"):
+            assert metrics[0][key] == metrics[1][key], key
+    trained, of_rank = pair.weights()[0], [of_rank for (of_rank,) in dealt.weights()]
+    for rank in range(4):
+        assert same(trained[rank // 2], of_rank[rank])
+
+
+def test_checkpoints_move_between_placements_with_as_many_ranks(pair, dealt, tmp_path):
+    for group in (pair, dealt):
+        group.reset()
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=128)
+    data = batch(20)
+    shares = share_groups(dealt, 2)
+    for index in range(2):
+        train(pair, index, data)
+    pair.save_checkpoint(str(tmp_path / "pair"), None, 1, None)
+    dealt.load_checkpoint(str(tmp_path / "pair"))
+    dealt.save_checkpoint(str(tmp_path / "dealt"), None, 1, None)
+    pair.load_checkpoint(str(tmp_path / "dealt"))
+    # The same step afterwards gives the same weights only if Adam's moments came along.
+    for index in range(2):
+        train(pair, index, data)
+        train(shares[index], index, data)
+        assert same(pair.weights()[0][index], shares[index].weights()[0][0])
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused_by_name(pair, single, tmp_path):
+    single.save_checkpoint(str(tmp_path), None, 1, None)
+    with pytest.raises(Exception, match=r"critic_0 was saved by 1 ranks, but a mini-critic now has 2") as caught:
+        pair.load_checkpoint(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "asyppo.placement" in str(caught.value)
+
+
+def test_a_node_needs_only_the_folders_of_its_own_critics(tmp_path):
+    (tmp_path / "critic_1").mkdir()
+    check_checkpoint(str(tmp_path), 2, held=[1])
+    with pytest.raises(ValueError, match=r"missing \['critic_0'\], unexpected nothing"):
+        check_checkpoint(str(tmp_path), 2, held=[0])
 
 
 @pytest.mark.parametrize(
@@ -297,10 +399,19 @@ def test_the_critics_own_batching_keys_reach_the_engine(compose):
         "critic.fsdp.param_offload=True",
         "critic.optim.clip_grad=0.25",
     )
-    worker = critic_spec(config.critic, head_seed=0).worker
+    worker = worker_config(config.critic)
     engine = worker.engine_config
     assert (engine.use_dynamic_bsz, engine.param_offload, worker.optimizer_config.clip_grad) == (False, True, 0.25)
     assert (engine.micro_batch_size_per_gpu, engine.infer_micro_batch_size_per_gpu) == (2, 4)
     assert (engine.max_token_len_per_gpu, engine.infer_max_token_len_per_gpu) == (111, 222)
     node = compose("+critic.ppo_infer_max_token_len_per_gpu=333").critic
-    assert critic_spec(node, head_seed=0).worker.engine_config.infer_max_token_len_per_gpu == 333
+    assert worker_config(node).engine_config.infer_max_token_len_per_gpu == 333
+
+
+def test_critics_with_the_same_settings_share_one_configuration(compose):
+    config = compose("+asyppo.num_critics=3", "+asyppo.critic_overrides.1.optim.lr=0.5")
+    asyppo = read_config(config)
+    specs = critic_specs([critic_node(config, asyppo, index) for index in range(3)], head_seed=10)
+    assert specs[0].worker is specs[2].worker and specs[0].worker is not specs[1].worker
+    assert [spec.worker.optimizer_config.lr for spec in specs] == [1e-5, 0.5, 1e-5]
+    assert [spec.head_seed for spec in specs] == [10, 11, 12]

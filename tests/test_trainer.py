@@ -54,9 +54,13 @@ class ForcedCritics:
     def __init__(self, values: dict[str, list[torch.Tensor]]) -> None:
         self.values = values  # key -> one tensor per critic
         self.calls: list[KVBatchMeta] = []
+        self._collect_info: dict[str, list[bool]] = {}
+
+    def _query_collect_info(self, mesh: str) -> list[bool]:
+        return [True]
 
     def infer_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
-        assert batch.fields == batch_io.MODEL_FIELDS
+        assert batch.fields == batch_io.EVALUATION_FIELDS
         any_row = next(iter(self.values.values()))
         num_critics, padding = len(any_row), torch.zeros(1, dtype=any_row[0].dtype)
         fields = {
@@ -295,6 +299,93 @@ def test_a_critic_without_responses_sits_the_step_out(compose, clean):
     idle = 1 - call.extra_info[CRITIC_ID]
     assert metrics[f"asyppo/critic_{idle}/responses"] == 0 and f"asyppo/critic_{idle}/vf_loss" not in metrics
     assert metrics["critic/vf_loss"] == 0.5
+
+
+class Noted(ForcedCritics):
+    """Stands for the actor's worker group too, and notes what happens in which order."""
+
+    def __init__(self, values: dict, fails: bool = False) -> None:
+        super().__init__(values)
+        self.events: list[str] = []
+        self.fails = fails
+        self._dispatch_info = {"actor": [0]}
+
+    def infer_batch(self, batch: KVBatchMeta) -> "Noted":
+        self.events.append("evaluation begins")
+        super().infer_batch(batch)
+        return self
+
+    @property
+    def futures(self) -> list:
+        self.events.append("evaluation ends")
+        return []
+
+    def train_mini_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
+        critic, answer = batch.extra_info[CRITIC_ID], super().train_mini_batch(batch)
+        self.events.append(f"update of {critic} begins")
+
+        def get() -> dict:
+            self.events.append(f"update of {critic} ends")
+            if self.fails:
+                raise RuntimeError("a critic ran out of memory")
+            return answer.get()
+
+        return SimpleNamespace(get=get)
+
+    def compute_log_prob(self, batch: KVBatchMeta) -> KVBatchMeta:
+        self.events.append("log-probs")
+        rows = [torch.zeros(tag["seq_len"]) for tag in batch.tags]
+        jagged = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        fields = TensorDict({"log_probs": jagged, "entropy": jagged}, batch_size=len(batch))
+        return tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
+
+    def update_actor(self, batch: KVBatchMeta) -> dict:
+        self.events.append("actor")
+        assert value_field(0) not in batch.fields
+        return {"metrics": {"pg_loss": [0.0], "mfu": [0.1]}}
+
+
+def whole_step(compose, *overrides: str, fails: bool = False) -> tuple[list[str], dict]:
+    """verl's own step on forced worker groups; returns what happened in which order, and the metrics."""
+    batch = put_rows({"aa": [1, 1, 1, 1], "bb": [1, 1, 1, 1]})
+    trainer = trainer_for(compose, "actor_rollout_ref.rollout.calculate_log_probs=False", *overrides)
+    noted = Noted(force_values(batch, 2), fails)
+    trainer.critic_wg = trainer.actor_rollout_wg = noted
+    trainer.use_reference_policy = False
+    trainer.on_sample_begin = trainer.on_sample_end = lambda: None
+    trainer.replay_buffer = SimpleNamespace(sample=lambda **_: (batch, {}))
+    trainer.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=[])
+    timing: dict = {}
+    metrics: dict = {"timing": timing}
+    trainer._step_once(metrics, timing, 2)
+    return noted.events, metrics
+
+
+EVALUATION, UPDATE = ["evaluation begins", "evaluation ends"], ["update of 0 begins", "update of 1 begins"]
+UPDATE_ENDS = ["update of 0 ends", "update of 1 ends"]
+POOL = ["+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ["log-probs", *EVALUATION, *UPDATE, *UPDATE_ENDS, "actor"]),
+        (POOL, [EVALUATION[0], "log-probs", EVALUATION[1], *UPDATE, "actor", *UPDATE_ENDS]),
+        ([*POOL, "trainer.critic_warmup=5"], [EVALUATION[0], "log-probs", EVALUATION[1], *UPDATE, *UPDATE_ENDS]),
+    ],
+    ids=["colocated", "pool", "pool without the actor's update"],
+)
+def test_who_works_when(compose, clean, overrides, expected):
+    """Critics apart are begun before the actor and waited for after it, and never later than the end of the step."""
+    events, metrics = whole_step(compose, *overrides)
+    assert events == expected
+    assert metrics["critic/vf_loss"] == 0.5 and metrics["asyppo/critic_1/lr"] == 1e-3
+    assert {"values", "update_critic"} <= metrics["timing"].keys()
+
+
+def test_a_critic_that_fails_beside_the_actor_stops_the_step(compose, clean):
+    with pytest.raises(RuntimeError, match="a critic ran out of memory"):
+        whole_step(compose, *POOL, fails=True)
 
 
 def test_non_finite_values_stop_the_run_and_name_the_critic(compose, clean):

@@ -14,6 +14,16 @@ SMALL = [
 ]
 
 
+def replaying(rollouts: Path) -> list[str]:
+    """Overrides with which verl takes the rollouts of two steps from a folder, or records them where there are none."""
+    return [
+        "trainer.experiment_name=replay",
+        "skip.rollout_tq.enable=True",
+        "skip.rollout_tq.steps=[1,2]",
+        f"skip.rollout_tq.dump_dir={rollouts}",
+    ]
+
+
 def train(root: Path, toy: Path, run_dir: Path, *overrides: str, **environment: str) -> tuple[list[dict], str]:
     """Run the CPU script; returns the metrics of every step and what the terminal showed."""
     env = {**os.environ, "RUN_DIR": str(run_dir), "TOY_DIR": str(toy), **environment}

@@ -1,6 +1,6 @@
 # What a verl run on a CPU needs, whatever it trains; to be sourced by a script that was started with VERL_PLATFORM=cpu
 # and has set ROOT. Defines the array CPU, overrides for verl's command line.
-#   RANKS        data-parallel ranks, counted by Ray as logical GPUs (default 1)
+#   RANKS        data-parallel ranks of the actor (default 1)
 #   RAY_ADDRESS  an existing Ray cluster, whose nodes were started in this environment; default: a private one
 RANKS=${RANKS:-1}
 export VERL_PLATFORM=cpu
@@ -39,14 +39,14 @@ CPU=(
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1
 )
 if [ -z "${RAY_ADDRESS:-}" ]; then
-    # Ray counts the ranks in logical GPUs and needs about a dozen logical CPUs for verl's helper actors.
+    # Ray counts ranks in logical GPUs, of which it may believe in any number, and needs about a dozen logical CPUs for verl's helper actors.
     RAY_DIR=$(mktemp -d -t asyppo-ray-XXXXXX)
     trap 'rm -rf "$RAY_DIR"' EXIT
     CPU+=(
         +ray_kwargs.ray_init.address=local
         +ray_kwargs.ray_init._temp_dir="$RAY_DIR"
         +ray_kwargs.ray_init.include_dashboard=False
-        +ray_kwargs.ray_init.num_gpus="$RANKS"
+        +ray_kwargs.ray_init.num_gpus=64
         ray_kwargs.ray_init.num_cpus=32
     )
 fi

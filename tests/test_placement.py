@@ -1,0 +1,107 @@
+"""Where the critics run, and what is refused before Ray starts: every message names numbers that work."""
+
+import re
+
+import pytest
+
+from asyppo_verl.checks import check_against_verl
+from asyppo_verl.config import AsyPPOConfig, CriticPool
+from asyppo_verl.placement import critic_ranks
+from asyppo_verl.preflight import prepare, read_config
+
+POOL = "+asyppo.placement=pool"
+SPLIT = "+asyppo.placement=split"
+
+REFUSED = [
+    ("+asyppo.placement=apart", ["asyppo.placement='apart'", "colocated, pool, split"]),
+    ("+asyppo.placement=splits", ["did you mean split?"]),
+    ("+asyppo.pool=4", ["asyppo.pool=4", "{n_gpus_per_node: 4, nnodes: 1}"]),
+    ("+asyppo.pool.gpus=4", ["asyppo.pool.gpus=4", "valid keys: n_gpus_per_node, nnodes"]),
+    ("+asyppo.pool.n_gpus_per_node=-1", ["asyppo.pool.n_gpus_per_node=-1", "whole number"]),
+    ("+asyppo.pool.nnodes=1.5", ["asyppo.pool.nnodes=1.5", "whole number"]),
+    ("+asyppo.pool.n_gpus_per_node=4", ["asyppo.pool.n_gpus_per_node=4 is idle", "asyppo.placement=colocated"]),
+    (POOL, ["asyppo.placement=pool", "asyppo.pool.n_gpus_per_node=0", "set asyppo.pool.n_gpus_per_node=1 or more"]),
+    (SPLIT, ["asyppo.placement=split", "set asyppo.pool.n_gpus_per_node=2 or a multiple"]),
+    (f"{POOL} +asyppo.pool.n_gpus_per_node=2 +asyppo.pool.nnodes=0", ["asyppo.pool.nnodes=0", "asyppo.pool.nnodes=1"]),
+    (f"{SPLIT} +asyppo.pool.n_gpus_per_node=3", ["the 3 GPUs", "asyppo.num_critics=2", "2 or 4 GPUs would do"]),
+    (f"{SPLIT} +asyppo.pool.n_gpus_per_node=1", ["the 1 GPUs", "2 GPUs would do"]),
+    (
+        f"{POOL} +asyppo.pool.n_gpus_per_node=6",
+        ["32 responses", "2 shards x 6 data-parallel ranks", "multiple of 12", "1, 2, 4 or 8 GPUs"],
+    ),
+    (
+        f"{SPLIT} +asyppo.pool.n_gpus_per_node=6",
+        ["2 shards x 3 data-parallel ranks", "multiple of 6", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
+    ),
+    (
+        f"{SPLIT} +asyppo.pool.n_gpus_per_node=4 critic.fsdp.ulysses_sequence_parallel_size=4",
+        ["ulysses_sequence_parallel_size=4", "the 2 GPUs that a critic has", "set one of 1 or 2"],
+    ),
+    (
+        f"{POOL} +asyppo.pool.n_gpus_per_node=4 critic.fsdp.fsdp_size=3",
+        ["critic.fsdp.fsdp_size=3", "the 4 GPUs", "1, 2 or 4"],
+    ),
+    (
+        f"{POOL} +asyppo.pool.n_gpus_per_node=4 +asyppo.critic_overrides.1.fsdp.fsdp_size=3",
+        ["asyppo.critic_overrides.1.fsdp.fsdp_size=3", "critic 1"],
+    ),
+    (
+        f"{POOL} +asyppo.pool.n_gpus_per_node=4 trainer.n_gpus_per_node=8 +ray_kwargs.ray_init.num_gpus=8",
+        ["ray_kwargs.ray_init.num_gpus=8", "needs 12: 8 (trainer) + 4 (asyppo.pool)", "raise it to 12"],
+    ),
+    (
+        f"{POOL} +asyppo.pool.n_gpus_per_node=4 +ray_kwargs.ray_init.num_gpus=8 trainer.v1.trainer_mode=separate_async "
+        "actor_rollout_ref.rollout.nnodes=1 actor_rollout_ref.rollout.n_gpus_per_node=4",
+        ["needs 9: 1 (trainer) + 4 (asyppo.pool) + 4 (actor_rollout_ref.rollout)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "fragments"), REFUSED, ids=[overrides for overrides, _ in REFUSED])
+def test_refused(compose, overrides, fragments):
+    with pytest.raises(ValueError) as caught:
+        prepare(compose(*overrides.split()))
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("placement", ["pool", "split"])
+def test_the_numbers_that_a_refusal_names_work(compose, placement):
+    """Whatever is refused, every number of GPUs in the message is accepted."""
+    config = compose(f"+asyppo.placement={placement}", "+asyppo.pool.n_gpus_per_node=0")
+
+    def tried(gpus: int) -> str:
+        config.asyppo.pool.n_gpus_per_node = gpus
+        try:
+            check_against_verl(config, read_config(config))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    parts = 2 if placement == "split" else 1
+    for ranks in range(1, 40):
+        message = tried(ranks)
+        # 8 prompts x 4 responses are 16 responses a critic in each optimizer step.
+        works = ranks % parts == 0 and 16 % (ranks // parts) == 0
+        assert bool(message) != works, ranks
+        named = re.search(r"((?:\d+, )*(?:\d+ or )?\d+) GPUs(?: \(asyppo| would)", message)
+        assert bool(message) == bool(named)
+        for gpus in re.findall(r"\d+", named[1]) if named else []:
+            assert tried(int(gpus)) == "", message
+
+
+def test_ranks_of_a_critic(compose):
+    def ranks(*overrides: str) -> int:
+        config = compose("trainer.n_gpus_per_node=8", "trainer.nnodes=2", *overrides)
+        return critic_ranks(config, read_config(config))
+
+    pool = ("+asyppo.pool.n_gpus_per_node=4", "+asyppo.pool.nnodes=3")
+    assert ranks() == 16
+    assert ranks(POOL, *pool) == 12
+    assert ranks(SPLIT, *pool) == 6 and ranks(SPLIT, "+asyppo.num_critics=3", *pool) == 4
+    assert ranks(SPLIT, "+asyppo.num_critics=1", *pool) == 12
+
+
+def test_an_empty_pool_is_the_default():
+    assert AsyPPOConfig().pool == CriticPool(n_gpus_per_node=0, nnodes=1)
+    assert AsyPPOConfig.from_node({"placement": "pool", "pool": {"n_gpus_per_node": 2}}).pool == CriticPool(2, 1)
