@@ -190,10 +190,10 @@ def _count(
         rank = _rank(score, largest) >> shift
         for start, count in counts.items():
             digit = rank - start
-            if is_top:  # all are inside, and where is quicker than indexing
-                digit = torch.where(is_response, digit, outside)
-            else:  # few are inside; a difference too large for 32 bits wraps around, but never to there
-                digit = digit[is_response & (digit >> _DIGIT == 0)]
+            # At the top all are inside, and where is quicker than indexing. Below, a difference too large for 32 bits wraps
+            # around, but never to the inside.
+            is_inside = is_response if is_top else is_response & (digit >> _DIGIT == 0)
+            digit = torch.where(is_inside, digit, outside) if is_top else digit[is_inside]
             count += torch.bincount(digit, minlength=outside + 1)
     return {start: count[:outside].cumsum(0) for start, count in counts.items()}
 

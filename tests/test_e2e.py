@@ -9,6 +9,7 @@ from training import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
+
 def check_weight_sync(steps: list[dict]) -> None:
     """vLLM samples with the trainer's weights of the same step: in fp32 both give the same probabilities."""
     for step in steps:
