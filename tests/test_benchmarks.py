@@ -1,0 +1,150 @@
+"""The benchmarks run, and what they count is what they say they count."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def critic_cost(root) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("critic_cost", root / "benchmarks/critic_cost.py")
+    module = sys.modules["critic_cost"] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+CPU = ["--device", "cpu", "--cases", "2xtiny"]
+
+
+def last_line(root, *command: str) -> dict:
+    run = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# -- critic_cost ---------------------------------------------------------------------------------------------------
+
+
+def case_of(critic_cost: ModuleType, name: str, **settings: int):
+    return dataclasses.replace(critic_cost.Case.parse(name), **settings)
+
+
+def test_cases_are_read_and_refused(critic_cost):
+    case = critic_cost.Case.parse("2x0.6b")
+    assert (case.count, case.model.name, case.model.value_head, case.is_full) == (2, "Qwen3-0.6B", True, True)
+    assert not critic_cost.Case.parse("14b/bf16").is_full
+    for name in ("5b", "0x4b", "x4b", "4b/fp8"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"SIZE.*0.6b"):
+            critic_cost.Case.parse(name)
+
+
+def test_micro_batches_by_hand(critic_cost):
+    # Rows of 256 + 744 = 1000 tokens, seven of them: to train on 4 and 3 of them in micro-batches of at most 3,
+    # to evaluate all of them in micro-batches of at most 6.
+    case = case_of(critic_cost, "2xtiny", length=744, rows=7, tokens=3500)
+    assert case.micro_batches("update", 0) == [3, 1] and case.micro_batches("update", 1) == [3]
+    assert case.micro_batches("evaluation", 0) == case.micro_batches("evaluation", 1) == [7]
+    assert case_of(critic_cost, "tiny", length=744, rows=7, tokens=3000).micro_batches("evaluation", 0) == [6, 1]
+
+
+def test_floor_by_hand(critic_cost):
+    # The tiny shape: hidden 64, MLP 128, 2 layers, 4 heads and 2 key heads of 16, vocabulary 512.
+    matrices = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, MLP
+    layer = matrices + 2 * 64 + 2 * 16  # with its norms
+    body, embedding = 2 * layer + 64 + 65, 512 * 64  # and the last norm, and the value head with its bias
+    case = case_of(critic_cost, "2xtiny", length=744, rows=4, tokens=1000)
+    # Each critic trains on 2 rows, one a micro-batch, and evaluates 4, two a micro-batch.
+    forward = 2 * 2 * matrices + 2 * 64  # a token
+    attention = 2 * 2 * 64 * 1000**2  # a row: 2 layers, width 64, half of the square, 2 products of 2 operations
+    flops, moved = case.floor("evaluation")
+    assert flops == 2 * 4 * (1000 * forward + attention)
+    assert moved == 2 * 2 * 2 * body  # critics, micro-batches, bytes
+    # Forward, backward of twice that, and the layers once more but for the MLP's last matrix.
+    training = 2 * 2 * (4 * matrices - 64 * 128) + 3 * 2 * 64
+    flops, moved = case.floor("update")
+    assert flops == 2 * 2 * (1000 * training + 4.5 * attention)
+    assert moved == 2 * (2 * 14 * body + 28 * (body + embedding))
+    assert case_of(critic_cost, "2xtiny/bf16", length=744, rows=4, tokens=1000).floor("update")[1] == 2 * 2 * 10 * body
+
+
+@pytest.mark.parametrize("name", ["tiny", "0.6b", "1.7b", "4b", "14b"])
+def test_a_value_model_has_the_parameters_that_the_floor_counts(critic_cost, name):
+    """The true shapes, built by transformers without memory for their weights."""
+    case = critic_cost.Case.parse(f"{name}/bf16")
+    model = critic_cost.build(case, "meta")
+    assert sum(weight.numel() for weight in model.parameters()) == case.model.params
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_known_cards_have_their_data_sheets_peaks(critic_cost, monkeypatch):
+    for name, flops, bandwidth in (
+        ("NVIDIA H100 80GB HBM3", 989e12, 3.35e12),
+        ("NVIDIA H200", 989e12, 4.8e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 2.0e12),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        found = critic_cost.card("cuda")
+        assert found["peaks"] == "data sheet"
+        assert (found["flops"], found["bandwidth"]) == pytest.approx((flops, bandwidth), rel=0.03)
+
+
+def test_rates_follow_from_the_measured_seconds(critic_cost):
+    case = case_of(critic_cost, "tiny", length=744, rows=4, tokens=4000)
+    flops, moved = case.floor("update")
+    peak = {"flops": 2 * flops, "bandwidth": moved / 3}
+    row = critic_cost.with_rates(case, {"phase": "update", "all_seconds": [4.0, 9.0, 5.0], "gib": 1.5}, peak)
+    assert (row["s"], row["min"], row["max"], row["tokens/s"], row["GiB"]) == (5, 4, 9, 800, 1.5)
+    assert row["of-peak"] == pytest.approx(0.1) and row["TFLOP/s"] == pytest.approx(flops / 5e12)
+    assert row["floor-s"] == pytest.approx(3), "the traffic takes longer than the work"
+    assert critic_cost.with_rates(case, {"phase": "update", "error": "out of memory"}, peak)["error"] == "out of memory"
+
+
+def test_an_update_trains_every_critic(critic_cost):
+    """Without AdamW the weights stay, but a gradient must have reached the head of each critic."""
+    case = case_of(critic_cost, "2xtiny/bf16", length=16, rows=4, tokens=600)
+    models = [critic_cost.build(case, "cpu") for _ in range(2)]
+    seen = []
+    for index, model in enumerate(models):
+        model.score.weight.register_post_accumulate_grad_hook(
+            lambda weight, index=index: seen.append((index, bool(weight.grad.any())))
+        )
+    critic_cost.update(models, [], case, "cpu")
+    assert seen == [(0, True), (1, True)]
+
+
+def test_critic_cost_runs_on_a_cpu(root):
+    result = last_line(root, "benchmarks/critic_cost.py", *CPU, "--lengths", "32", "--rows", "4")
+    rows = {row["phase"]: row for row in result["rows"]}
+    assert set(rows) == {"update", "evaluation"} and not any("error" in row for row in rows.values())
+    assert all(len(row["all_seconds"]) == 3 and min(row["all_seconds"]) == row["min"] > 0 for row in rows.values())
+
+
+def test_critic_cost_refuses_rows_that_fit_nowhere(root):
+    for options, message in (
+        (["--tokens", "300", "--lengths", "64"], "--tokens 300 holds no row of 320 tokens"),
+        (["--rows", "1"], "--rows 1 leaves one of 2 critics without a row"),
+    ):
+        command = [sys.executable, "benchmarks/critic_cost.py", *CPU, *options]
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert run.returncode == 2 and message in run.stderr
+
+
+# -- driver_overhead -----------------------------------------------------------------------------------------------
+
+
+def test_driver_overhead_runs_the_trainers_hooks(root):
+    result = last_line(root, "benchmarks/driver_overhead.py", "--exponents", "22", "--repeats", "2")
+    low, high = result["spread_seconds"]
+    assert result["tokens"] == 1 << 22 and 0 < low <= result["seconds"] <= high
+    assert result["peak_gib"] == max(result["stage_peak_gib"])
+    # Two critics' values fetched and stacked, their mean and sigma: 24 bytes a token at the very least, and not 500.
+    assert 24 * 2**22 < result["peak_gib"] * 2**30 < 500 * 2**22
+    # A fifth of the response tokens, whose floor is off by at most one token.
+    assert result["masked"] == pytest.approx([0.2, 0.2], abs=1e-6)
