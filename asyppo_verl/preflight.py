@@ -85,6 +85,7 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     asyppo = read_config(config)
     check_against_verl(config, asyppo)
     _check_platform(config)
+    _check_sequence_parallel(config, asyppo)
     _check_models(config, asyppo)
     for notice in notices(config, asyppo):
         logger.warning(notice)
@@ -107,6 +108,27 @@ def _check_platform(config: DictConfig) -> None:
         strategy = OmegaConf.select(config, key)
         if os.environ.get("VERL_PLATFORM") == "cpu" and strategy == "fsdp":
             raise ValueError(f"{key}='fsdp': torch's FSDP1 does not start on a CPU (VERL_PLATFORM=cpu); set fsdp2")
+
+
+def _check_sequence_parallel(config: DictConfig, asyppo: AsyPPOConfig) -> None:
+    """verl exchanges a sequence's parts between ranks only inside flash attention; any other would see one part alone."""
+    size = config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
+    if size == 1:
+        return
+    asked = f"critic.fsdp.ulysses_sequence_parallel_size={size}"
+    for index in range(asyppo.num_critics):
+        model = critic_node(config, asyppo, index).model
+        attention = model.override_config.get("attn_implementation", "flash_attention_2")
+        if "flash" not in attention:
+            raise ValueError(
+                f"{asked} with critic.model.override_config.attn_implementation={attention!r} (mini-critic {index}): every "
+                "rank would attend to its own part of a sequence only; remove one of the two settings"
+            )
+        if not model.use_remove_padding:
+            raise ValueError(
+                f"{asked} needs critic.model.use_remove_padding=True (mini-critic {index} has False): set it, or set the "
+                "size to 1"
+            )
 
 
 def _check_models(config: DictConfig, asyppo: AsyPPOConfig) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -237,6 +238,16 @@ class AsyPPOTrainerColocateAsync(AsyPPOMixin, PPOTrainerColocateAsync):
 
 class AsyPPOTrainerSeparateAsync(AsyPPOMixin, PPOTrainerSeparateAsync):
     """AsyPPO in verl's ``separate_async`` mode."""
+
+    def _setup(self) -> None:
+        # verl 0.9.1 gives the logger print's `flush` when hybrid_engine=False, which fails wherever level INFO is on.
+        logger = logging.getLogger(PPOTrainerSeparateAsync.__module__)
+        level = logger.level
+        logger.setLevel(max(level, logging.WARNING))
+        try:
+            super()._setup()
+        finally:
+            logger.setLevel(level)
 
 
 TRAINERS = {

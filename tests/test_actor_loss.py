@@ -38,6 +38,7 @@ class Case:
         self.keep_ent = torch.rand(TOKENS, generator=generator) < 0.6
         self.advantages = torch.randn(TOKENS, generator=generator)
         self.old = -torch.rand(TOKENS, generator=generator)
+        self.ref = -torch.rand(TOKENS, generator=torch.Generator().manual_seed(seed + 100))
         total = sum(PROMPTS) + TOKENS
         self.log_probs = -torch.rand(total, generator=generator)
         self.entropy = torch.rand(total, generator=generator)
@@ -57,6 +58,7 @@ class Case:
                 "responses": jagged([torch.zeros(r, dtype=torch.long) for r in RESPONSES]),
                 "response_mask": rows(self.is_response.long()),
                 "old_log_probs": rows(self.old),
+                "ref_log_prob": rows(self.ref),
                 "advantages": rows(advantages),
                 KEEP_ENTROPY: rows(self.keep_ent),
             },
@@ -114,6 +116,36 @@ def test_law_5_policy(actor_config, loss_mode, seed):
     if loss_mode in SEPARATE:
         assert torch.equal(masked[case.keep_adv], plain[case.keep_adv]), "masking changed another token's gradient"
     assert plain[case.is_response].any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rollout_is", ["null", "token", "sequence"])
+def test_law_5_in_bypass_mode_without_clipping(actor_config, rollout_is, seed):
+    """REINFORCE with weights of the rollout correction: a masked token still gets nothing."""
+    correction = "actor_rollout_ref.actor.policy_loss.rollout_correction"
+    config = actor_config(
+        "actor_rollout_ref.actor.policy_loss.loss_mode=bypass_mode",
+        f"+{correction}.loss_type=reinforce",
+        f"+{correction}.rollout_is={rollout_is}",
+    )
+    case = Case(config, seed)
+    plain, _ = case.gradients(asyppo_actor_loss, case.advantages)
+    masked, _ = case.gradients(asyppo_actor_loss, mask_advantage(case.advantages, case.keep_adv))
+    used = case.keep_adv & case.is_response
+    assert not masked[~used].any() and torch.equal(masked[used], plain[used]) and plain[case.is_response].any()
+
+
+def test_the_kl_loss_still_acts_on_masked_and_filtered_tokens(actor_config):
+    """It has nothing to do with advantages or entropy: its gradient is the same with and without the masks."""
+    on = Case(actor_config("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.5"))
+    off = Case(actor_config())
+    advantages = mask_advantage(on.advantages, on.keep_adv)
+    with_kl, entropy = on.gradients(asyppo_actor_loss, advantages)
+    without_kl, entropy_without = off.gradients(asyppo_actor_loss, advantages)
+    unmasked = on.gradients(ppo_loss, on.advantages)[0] - off.gradients(ppo_loss, off.advantages)[0]
+    torch.testing.assert_close(with_kl - without_kl, unmasked)
+    assert with_kl[~on.keep_adv & on.is_response].any() and not with_kl[~on.is_response].any()
+    assert torch.equal(entropy, entropy_without)
 
 
 def test_dro_would_move_masked_tokens(actor_config):

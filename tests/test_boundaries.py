@@ -36,7 +36,7 @@ ALLOWED = {
     "export": ({"torch", "transformers", "verl"}, {"critics"}),
     "doctor": ({"ray", "verl"}, {"config"}),
     "__init__": (set(), set()),
-    "cpu": ({"torch", "psutil", "wrapt", "verl", "vllm"}, set()),
+    "cpu": ({"torch", "psutil", "ray", "wrapt", "verl", "vllm"}, set()),
 }
 
 

@@ -58,6 +58,15 @@ REFUSED = [
         ["critic.forward_micro_batch_size_per_gpu=5", "divisor of 32"],
     ),
     ("critic.fsdp.ulysses_sequence_parallel_size=2", ["ulysses_sequence_parallel_size=2", "does not divide"]),
+    (
+        "critic.fsdp.ulysses_sequence_parallel_size=2 trainer.n_gpus_per_node=2 critic.model.use_remove_padding=True",
+        ["ulysses_sequence_parallel_size=2", "attn_implementation='sdpa'", "remove one of the two"],
+    ),
+    (
+        "critic.fsdp.ulysses_sequence_parallel_size=2 trainer.n_gpus_per_node=2 "
+        "critic.model.override_config.attn_implementation=flash_attention_2",
+        ["ulysses_sequence_parallel_size=2", "use_remove_padding=True", "mini-critic 0"],
+    ),
     ("critic.model.path=/nowhere/critic", ["critic.model.path=/nowhere/critic", "Hugging Face format"]),
     ("actor_rollout_ref.model.path=/nowhere/actor", ["actor_rollout_ref.model.path=/nowhere/actor", "Hugging Face"]),
 ]

