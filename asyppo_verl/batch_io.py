@@ -33,10 +33,10 @@ class Responses:
 
     def padded(self, field_N: Tensor) -> Tensor:
         """A vector as a (B, T) tensor, zero behind the end of each row."""
-        # Without its bounds torch makes every row as long as the whole batch.
-        lengths = self.offsets.diff()
-        bounds = {"min_seqlen": int(lengths.min()), "max_seqlen": int(lengths.max())}
-        return torch.nested.nested_tensor_from_jagged(field_N, self.offsets, **bounds).to_padded_tensor(0)
+        # Without this bound torch makes every row as long as the whole batch.
+        longest = int(self.offsets.diff().max())
+        nested_BT = torch.nested.nested_tensor_from_jagged(field_N, self.offsets, max_seqlen=longest)
+        return nested_BT.to_padded_tensor(0)
 
     def joined(self, field_BT: Tensor) -> Tensor:
         """The inverse of :meth:`padded`."""

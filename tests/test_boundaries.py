@@ -33,7 +33,7 @@ ALLOWED = {
     "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu"}),
     "plugin": (set(), {"hooks"}),
     "plan": ({"transformers"}, {"plan"}),
-    "export": ({"torch", "transformers", "verl"}, {"critics"}),
+    "export": ({"torch", "transformers", "verl"}, {"checkpoint", "critics"}),
     "doctor": ({"ray", "verl"}, {"config"}),
     "__init__": (set(), set()),
     "cpu": ({"torch", "psutil", "ray", "wrapt", "verl", "vllm"}, set()),
