@@ -3,6 +3,7 @@
 from typing import Any
 
 from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, nearest
+from asyppo_verl.number_checks import check_numbers
 from asyppo_verl.placement import check_placement, critic_ranks, fitting_ranks, ranks_key
 
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
@@ -19,7 +20,7 @@ def check_against_verl(config: Any, asyppo: AsyPPOConfig) -> None:
         raise ValueError(
             "trainer.use_v1=False: AsyPPO needs verl's V1 trainer; remove the override or set trainer.use_v1=True"
         )
-    mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
+    mode = str(config.trainer.v1.trainer_mode).removeprefix(TRAINER_PREFIX)
     if mode not in TRAINER_MODES:
         raise ValueError(
             f"trainer.v1.trainer_mode={mode!r} is not a trainer of verl{nearest(mode, TRAINER_MODES)}; "
@@ -40,9 +41,34 @@ def check_against_verl(config: Any, asyppo: AsyPPOConfig) -> None:
             f"critic.model.lora_rank={config.critic.model.get('lora_rank')}: verl freezes the value head of a LoRA critic, "
             "which would then never learn; set critic.model.lora_rank=0"
         )
+    check_numbers(config)
+    _check_checkpoints(config)
     _check_loss_mode(config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla"), asyppo)
     check_placement(config, asyppo)
     _check_batch_sizes(config, asyppo)
+
+
+CHECKPOINT_CONTENTS = ("model", "optimizer", "extra", "hf_model")
+"""What verl's checkpoints can hold."""
+
+
+def _check_checkpoints(config: Any) -> None:
+    if config.trainer.get("remove_previous_ckpt_in_save"):
+        raise ValueError(
+            "trainer.remove_previous_ckpt_in_save=True removes the last checkpoint before the next one is whole; remove it "
+            "and set trainer.max_actor_ckpt_to_keep=1 and trainer.max_critic_ckpt_to_keep=1"
+        )
+    if not config.trainer.default_local_dir:
+        raise ValueError(
+            f"trainer.default_local_dir={config.trainer.default_local_dir!r} must name the folder for checkpoints"
+        )
+    for key in ("save_contents", "load_contents"):
+        for name in config.critic.checkpoint[key]:
+            if name not in CHECKPOINT_CONTENTS:
+                raise ValueError(
+                    f"critic.checkpoint.{key} names {name!r}, which verl would leave out in silence"
+                    f"{nearest(name, CHECKPOINT_CONTENTS)}; valid: {', '.join(CHECKPOINT_CONTENTS)}"
+                )
 
 
 def _check_loss_mode(loss_mode: str, asyppo: AsyPPOConfig) -> None:

@@ -119,6 +119,8 @@ class AsyPPOConfig:
         self._require_type("head_seed", int, "whole number")
         for key in ("adv_mask_fraction", "entropy_filter_fraction", "critic_lam"):
             self._require_type(key, (int, float), "number")
+        if not 0 <= self.head_seed < 2**32:
+            raise ValueError(f"asyppo.head_seed={self.head_seed} must lie in [0, 2**32)")
         if self.num_critics < 1:
             raise ValueError(f"asyppo.num_critics={self.num_critics} must be at least 1; the paper uses 2")
         for key in ("adv_mask_fraction", "entropy_filter_fraction"):
@@ -178,6 +180,11 @@ class AsyPPOConfig:
                     raise ValueError(
                         f"asyppo.critic_overrides.{index}.{key} cannot be set for a single critic{nearest(key, OVERRIDABLE)}; "
                         f"a critic may have its own {', '.join(OVERRIDABLE)}"
+                    )
+                if key in ("model", "optim", "fsdp") and not isinstance(overrides[key], Mapping):
+                    raise ValueError(
+                        f"asyppo.critic_overrides.{index}.{key}={overrides[key]!r} must be a mapping, such as {{lr: 1e-5}} "
+                        "for optim"
                     )
 
     @classmethod

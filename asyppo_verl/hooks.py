@@ -54,6 +54,9 @@ def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> An
     config = args[0] if args else kwargs["config"]
     if preflight.is_asyppo(config):
         preflight.prepare(config)
+        preflight.check_paths(config)
+    else:
+        preflight.refuse_other_spelling(config)
     return wrapped(*args, **kwargs)
 
 

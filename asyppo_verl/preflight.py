@@ -4,25 +4,45 @@ import copy
 import importlib.metadata
 import logging
 import os
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from asyppo_verl.checkpoint import critic_folders
 from asyppo_verl.checks import check_against_verl, notices
 from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
+from asyppo_verl.model_checks import check_models
+from asyppo_verl.number_checks import check_critic_numbers
+from asyppo_verl.placement import critic_ranks
+from asyppo_verl.resume import SIZES, Part, check_whole, resume_target
 
 logger = logging.getLogger(__name__)
 
 PLUGIN_MODULE = "asyppo_verl.plugin"
 
-TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
-"""Beginnings of the names under which tokenizers are stored."""
+
+PATHS = (
+    "data.train_files",
+    "data.val_files",
+    "reward.custom_reward_function.path",
+    "actor_rollout_ref.model.tokenizer_path",
+    "critic.model.tokenizer_path",
+)
+"""Settings that name files which verl would only look for when everything has been started."""
 
 
 def is_asyppo(config: DictConfig) -> bool:
     """True if ``algorithm.adv_estimator`` is asyppo."""
     return str(config.algorithm.adv_estimator) == ESTIMATOR
+
+
+def refuse_other_spelling(config: DictConfig) -> None:
+    """Raises ValueError if the estimator is "AsyPPO" or the like, which verl would only miss after its first rollout."""
+    name = str(config.algorithm.adv_estimator)
+    if name.lower().replace("_", "").replace("-", "") == ESTIMATOR:
+        raise ValueError(f"algorithm.adv_estimator={name!r} is not an estimator; it is spelt {ESTIMATOR}")
 
 
 def read_config(config: DictConfig) -> AsyPPOConfig:
@@ -86,7 +106,7 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     check_against_verl(config, asyppo)
     _check_platform(config)
     _check_sequence_parallel(config, asyppo)
-    _check_models(config, asyppo)
+    _check_critics(config, asyppo)
     for notice in notices(config, asyppo):
         logger.warning(notice)
 
@@ -131,70 +151,48 @@ def _check_sequence_parallel(config: DictConfig, asyppo: AsyPPOConfig) -> None:
             )
 
 
-def _check_models(config: DictConfig, asyppo: AsyPPOConfig) -> None:
-    actor = _load_config("actor_rollout_ref.model.path", config.actor_rollout_ref.model)
-    checked = set()
+def check_paths(config: DictConfig) -> None:
+    """Raises ValueError if a file of :data:`PATHS` is missing; with several nodes it need not be on this one."""
+    if config.trainer.nnodes > 1:
+        return
+    for key in PATHS:
+        value = OmegaConf.select(config, key)
+        for path in value if OmegaConf.is_list(value) else [value]:
+            is_repository = key.endswith("tokenizer_path") and not str(path).startswith(("/", "~", "."))
+            if path and "://" not in path and not is_repository and not os.path.exists(os.path.expanduser(path)):
+                raise ValueError(f"{key}={path} does not exist; name one that does")
+
+
+def _check_critics(config: DictConfig, asyppo: AsyPPOConfig) -> None:
+    """What every single critic is asked, its overrides merged in; then the checkpoint that all will resume from."""
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    nodes, models = [], []
     for index in range(asyppo.num_critics):
-        model = critic_node(config, asyppo, index).model
-        is_own = bool(asyppo.critic_overrides.get(index, {}).get("model", {}).get("path"))
-        key = f"asyppo.critic_overrides.{index}.model.path" if is_own else "critic.model.path"
-        if model.path in checked:
-            continue
-        checked.add(model.path)
-        critic = _load_config(key, model)
-        if hasattr(critic, "vision_config"):
-            raise ValueError(
-                f"{key}={model.path} is a vision-language model; mini-critics read text only: name a text model"
-            )
-        _check_vocabulary(config, key, model, actor, critic)
+        own = asyppo.critic_overrides.get(index, {})
+        nodes.append(critic_node(config, asyppo, index))
+        check_critic_numbers(f"asyppo.critic_overrides.{index}" if own else "critic", nodes[-1], longest)
+        has_model = bool(own.get("model", {}).get("path"))
+        models.append((f"asyppo.critic_overrides.{index}" if has_model else "critic", nodes[-1].model))
+    actor = config.actor_rollout_ref
+    loaded_actor, loaded = check_models(actor.model, models)
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    parts = [_part("actor", ranks, actor.actor, actor.model, loaded_actor)]
+    for name, node, model in zip(critic_folders(len(nodes)), nodes, loaded, strict=True):
+        parts.append(_part(f"critic/{name}", critic_ranks(config, asyppo), node, node.model, model))
+    _check_resume(config.trainer, parts)
 
 
-def _load_config(key: str, model: DictConfig) -> Any:
-    from transformers import AutoConfig
-    from verl.utils.fs import copy_to_local
-
-    try:
-        path = copy_to_local(model.path, use_shm=model.get("use_shm", False))
-        return AutoConfig.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key}={model.path} has no readable model configuration ({str(error).splitlines()[0]}); "
-            "name a folder or hub repository in Hugging Face format"
-        ) from error
+def _check_resume(trainer: DictConfig, parts: list[Part]) -> None:
+    """Look at the checkpoint that the run will resume from, if it can be seen from here."""
+    target = resume_target(trainer.resume_mode, Path(trainer.default_local_dir), trainer.resume_from_path)
+    if target is not None:
+        check_whole(target, parts)
 
 
-def _check_vocabulary(config: DictConfig, key: str, model: DictConfig, actor: Any, critic: Any) -> None:
-    """Token ids go from the actor to the critics as they are, so both must mean the same by them."""
-    actor_model = config.actor_rollout_ref.model
-    actor_path = actor_model.path
-    actor_vocabulary = _vocabulary(actor_model.get("tokenizer_path") or actor_path, actor_model)
-    critic_vocabulary = _vocabulary(model.path, model)
-    if critic_vocabulary is not None and actor_vocabulary is not None:
-        if actor_vocabulary != critic_vocabulary:
-            raise ValueError(
-                f"{key}={model.path} and actor_rollout_ref.model.path={actor_path} have tokenizers with different "
-                "vocabularies; take actor and critics from one model family"
-            )
-        if critic.vocab_size > max(actor_vocabulary.values()):
-            return  # Families pad their embeddings differently; every id has a row.
-    if actor.vocab_size != critic.vocab_size:
-        raise ValueError(
-            f"{key}={model.path} has vocab_size={critic.vocab_size}, actor_rollout_ref.model.path={actor_path} has "
-            f"{actor.vocab_size}; take actor and critics from one model family"
-        )
-
-
-def _vocabulary(path: str, model: DictConfig) -> dict[str, int] | None:
-    """Token to id of the tokenizer that lies beside the model, or None if there is none."""
-    from transformers import AutoTokenizer
-    from verl.utils.fs import copy_to_local
-
-    local_path = copy_to_local(path, use_shm=model.get("use_shm", False))
-    # transformers would make up an empty tokenizer for a folder without one.
-    if os.path.isdir(local_path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(local_path)):
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(local_path, trust_remote_code=model.get("trust_remote_code", False))
-    except (OSError, ValueError):
-        return None
-    return tokenizer.get_vocab()
+def _part(folder: str, ranks: int, worker: DictConfig, model: DictConfig, loaded: Any) -> Part:
+    """What a checkpoint must hold for a worker whose model's configuration has been loaded."""
+    text = loaded.get_text_config()
+    sizes = {key: model.override_config.get(key, getattr(text, key)) for key in SIZES if hasattr(text, key)}
+    # Only FSDP's files are known here.
+    contents = worker.checkpoint.load_contents if worker.strategy in ("fsdp", "fsdp2") else []
+    return Part(folder, ranks, contents, sizes)

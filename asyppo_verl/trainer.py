@@ -19,12 +19,13 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
-from asyppo_verl import asyppo, batch_io, layout, preflight
+from asyppo_verl import asyppo, batch_checks, batch_io, layout, preflight
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
 from asyppo_verl.critic_calls import CriticCalls
 from asyppo_verl.critics import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
+from asyppo_verl.retention import older_ones_last
 
 CRITIC_POOL = "critic_pool"
 """verl's name for the GPUs of ``asyppo.pool``."""
@@ -82,6 +83,7 @@ class AsyPPOMixin(_Base):
     # -- batch -----------------------------------------------------------------------------------------------------
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        batch_checks.check_rollouts(batch.keys, self.global_steps)
         shards = self._shards(batch)
         sessions = map(batch_io.session_of, batch_io.response_keys(batch))
         metrics["asyppo/incomplete_groups"] = layout.incomplete_groups(
@@ -140,23 +142,15 @@ class AsyPPOMixin(_Base):
         self._critics.finish_evaluation()
 
         fields = [value_field(index) for index in range(self.asyppo.num_critics)]
-        responses = batch_io.fetch(batch, *fields)
+        responses = batch_io.fetch(batch, "response_mask", *fields)
         values_MN = torch.stack([responses[field] for field in fields])
-        self._refuse_non_finite(values_MN)
+        batch_checks.check_responses(responses["response_mask"], self.global_steps)
+        batch_checks.check_values(values_MN, self.global_steps)
         value_N, sigma_N = asyppo.ensemble_value(values_MN)
         self._evaluation = _Evaluation(responses.keys, values_MN, value_N, sigma_N)
         # One critic hands on its own values, dtype included: the run is then verl's PPO to the last bit.
         batch_io.store(batch, responses, values=value_N if self.asyppo.num_critics > 1 else values_MN[0])
         return batch
-
-    def _refuse_non_finite(self, values_MN: Tensor) -> None:
-        for index, values_N in enumerate(values_MN):
-            if not torch.isfinite(values_N).all():
-                raise ValueError(
-                    f"mini-critic {index} gave non-finite values in step {self.global_steps}; nothing was trained on them. "
-                    "Lower critic.optim.lr or critic.optim.clip_grad, or look for non-finite rewards, and resume from "
-                    "the last checkpoint"
-                )
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's GAE on the mean value, then the two selections by sigma."""
@@ -167,6 +161,7 @@ class AsyPPOMixin(_Base):
         assert responses.keys == evaluation.keys, "the batch changed between values and advantages"
         is_response_N = responses["response_mask"].bool()
         returns_N, advantages_N = responses["returns"], responses["advantages"]
+        batch_checks.check_returns(returns_N, is_response_N, responses.keys, responses.offsets, self.global_steps)
         changed = {}
 
         if self.asyppo.critic_lam != self.config.algorithm.lam:
@@ -209,6 +204,10 @@ class AsyPPOMixin(_Base):
             yield
         finally:
             algorithm.adv_estimator = previous
+
+    def _save_checkpoint(self) -> None:
+        with older_ones_last(self.config, self.global_steps):
+            super()._save_checkpoint()
 
     # -- critic update ---------------------------------------------------------------------------------------------
 

@@ -72,11 +72,11 @@ def cluster():
         ray.shutdown()
 
 
-def start(compose, ranks: int, *overrides: str, shares: int = 1) -> RayWorkerGroup:
+def start(compose, ranks: int, *overrides: str, shares: int = 1, worker: type = ProbedWorker) -> RayWorkerGroup:
     config = compose(f"trainer.n_gpus_per_node={ranks}", "critic.optim.lr=1e-2", *overrides)
     asyppo = read_config(config)
     specs = critic_specs([critic_node(config, asyppo, index) for index in range(2)], asyppo.head_seed)
-    cls = type("ProbedEnsemble", (ProbedWorker,), {"specs": tuple(specs), "shares": shares})
+    cls = type("ProbedEnsemble", (worker,), {"specs": tuple(specs), "shares": shares})
     group = RayWorkerGroup(
         resource_pool=RayResourcePool([ranks], use_gpu=True, max_colocate_count=3),
         ray_cls_with_init=create_colocated_worker_cls({"critic": RayClassWithInitArgs(cls=ray.remote(cls))}),

@@ -30,9 +30,12 @@ def setting(command: Sequence[str], key: str) -> str | None:
 
 
 def latest_checkpoint(run_dir: Path) -> int:
-    """Step of the last complete checkpoint, 0 if there is none."""
+    """Step of the last complete checkpoint, 0 if there is none; ends the program if the file that says so is damaged."""
     tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else 0
+    step = tracker.read_text().strip() if tracker.exists() else "0"
+    if not step.isdecimal():
+        raise SystemExit(f"{tracker} names no step: {step!r}; write that of the last whole checkpoint into it")
+    return int(step)
 
 
 def prepare(run_dir: Path, command: Sequence[str]) -> None:
