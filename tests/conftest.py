@@ -48,6 +48,24 @@ def finished(root: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory):
     return run_dir, *train(root, toy, run_dir, "trainer.total_training_steps=2", "trainer.save_freq=1", *recording)
 
 
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained models, a critic that has its head, and recorded rollouts: what :mod:`replay` trains on."""
+    from replay import make_task
+
+    folder = tmp_path_factory.mktemp("replay") / "task"
+    make_task(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(root: Path, task: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Ten steps of AsyPPO on recorded rollouts, every checkpoint kept."""
+    from replay import replay
+
+    return replay(root, task, tmp_path_factory.mktemp("run") / "uninterrupted")
+
+
 @pytest.fixture
 def compose(toy: Path):
     """Compose verl's configuration for AsyPPO on the toy task, with overrides."""

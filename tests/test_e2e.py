@@ -91,17 +91,3 @@ def test_two_ranks_three_responses_and_another_mode_of_everything(root, toy, tmp
     for step in steps:
         assert step["asyppo/critic_0/lr"] == pytest.approx(1e-3) and step["asyppo/critic_1/lr"] == pytest.approx(1e-4)
         assert step["asyppo/critic_0/responses"] + step["asyppo/critic_1/responses"] == 48
-
-
-def test_another_estimator_is_untouched(root, toy, tmp_path):
-    steps, _ = train(
-        root,
-        toy,
-        tmp_path / "gae",
-        "algorithm.adv_estimator=gae",
-        "trainer.total_training_steps=1",
-        "trainer.save_freq=-1",
-    )
-    assert not [key for key in steps[0] if "asyppo" in key]
-    log = (tmp_path / "gae" / "log").read_text()
-    assert "'trainer_mode': 'sync'" in log and "asyppo_sync" not in log

@@ -1,0 +1,115 @@
+"""A window into a training run: a module for ``VERL_USE_EXTERNAL_MODULES``, so verl imports it in every process.
+
+* Prompt ids, which verl draws with ``uuid4`` also when it replays rollouts, become a function of step and position.
+* ``PROBE_DIR/step_<n>.pt`` gets what step n computed for every response, by row key.
+* ``PROBE_KILL=<step>:<moment>`` ends the run with SIGKILL: while it rolls out, between two optimizer steps of a critic, or
+  with half a checkpoint file written. The process group to kill is in ``PROBE_DIR/group``.
+"""
+
+import io
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import wrapt
+
+FIELDS = ["values", "advantages", "returns", "old_log_probs", "entropy", "response_mask", "rm_scores", "responses"]
+FOLDER = Path(os.environ["PROBE_DIR"])
+KILL_STEP, _, KILL_MOMENT = os.environ.get("PROBE_KILL", "").partition(":")
+HALF_WRITTEN = "critic_1/optim_world_size"
+"""The file that a kill at the moment "checkpoint" leaves half written."""
+
+
+def _ids_by_step(trainer_base: Any) -> None:
+    """Give ``trainer_base`` alone a ``uuid4`` that returns the same ids in every run of the same step."""
+    from verl.utils.skip import SkipManager
+
+    counters: dict[int, itertools.count] = {}
+
+    def uuid4() -> uuid.UUID:
+        counter = counters.setdefault(SkipManager.step, itertools.count())
+        return uuid.uuid5(uuid.NAMESPACE_OID, f"step {SkipManager.step}, prompt {next(counter)}")
+
+    trainer_base.uuid = SimpleNamespace(uuid4=uuid4)
+
+
+def _write_step(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+    import torch
+    import transfer_queue as tq
+
+    batch = args[0]
+    keys = sorted(key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False))
+    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=FIELDS)
+    rows = {field: dict(zip(keys, (row.clone() for row in data[field].unbind()), strict=True)) for field in FIELDS}
+    step = {"rows": rows, "asyppo_active": "asyppo_verl.hooks" in sys.modules}
+    torch.save(step, FOLDER / f"step_{kwargs['global_steps']}.pt")
+    return wrapped(*args, **kwargs)
+
+
+# -- ends ----------------------------------------------------------------------------------------------------------
+
+
+def _kill() -> None:
+    os.killpg(int((FOLDER / "group").read_text()), signal.SIGKILL)
+    time.sleep(60)  # a process outside the group goes no further either
+
+
+def _is_time(step: Any) -> bool:
+    return str(step) == KILL_STEP
+
+
+def _say_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    (FOLDER / "now").write_text(str(instance.global_steps))
+    return wrapped(*args, **kwargs)
+
+
+def _kill_while_rolling_out(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    submitted = wrapped(*args, **kwargs)
+    if _is_time(instance.global_steps):
+        threading.Timer(0.05, _kill).start()
+    return submitted
+
+
+def _kill_between_optimizer_steps(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    trained = wrapped(*args, **kwargs)
+    if instance.config.model_type == "value_model" and _is_time((FOLDER / "now").read_text()):
+        _kill()
+    return trained
+
+
+def _kill_while_writing(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+    state, file, *_ = args
+    if isinstance(file, str) and f"global_step_{KILL_STEP}/critic/{HALF_WRITTEN}" in file:
+        whole = io.BytesIO()
+        wrapped(state, whole)
+        Path(file).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        _kill()
+    return wrapped(*args, **kwargs)
+
+
+def _watch_trainer(trainer_base: Any) -> None:
+    _ids_by_step(trainer_base)
+    wrapt.wrap_function_wrapper(trainer_base, "PPOTrainer._compute_metrics", _write_step)
+    wrapt.wrap_function_wrapper(trainer_base, "PPOTrainer.step", _say_step)
+    if KILL_MOMENT == "rollout":
+        wrapt.wrap_function_wrapper(trainer_base, "PPOTrainer._submit_batch_to_rollout", _kill_while_rolling_out)
+
+
+def _watch_workers(engine_workers: Any) -> None:
+    import torch
+
+    if KILL_MOMENT == "critic":
+        wrapt.wrap_function_wrapper(engine_workers, "TrainingWorker.train_batch", _kill_between_optimizer_steps)
+    if KILL_MOMENT == "checkpoint":
+        wrapt.wrap_function_wrapper(torch, "save", _kill_while_writing)
+
+
+wrapt.register_post_import_hook(_watch_trainer, "verl.trainer.ppo.v1.trainer_base")
+wrapt.register_post_import_hook(_watch_workers, "verl.workers.engine_workers")
