@@ -102,6 +102,30 @@ def test_ranks_of_a_critic(compose):
     assert ranks(SPLIT, "+asyppo.num_critics=1", *pool) == 12
 
 
+@pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
+@pytest.mark.parametrize(("placement", "shares"), [("colocated", 1), ("pool", 1), ("split", 2)])
+def test_the_critics_get_their_gpus_in_every_mode(compose, mode, placement, shares):
+    """Through the trainers' own method: the actor's pool stays what it was, and its worker what the mode makes it."""
+    from verl.trainer.ppo.utils import Role
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    pool = [] if placement == "colocated" else ["+asyppo.pool.n_gpus_per_node=4", "+asyppo.pool.nnodes=2"]
+    cls = get_trainer_cls(f"asyppo_{mode}")
+    trainer = cls.__new__(cls)
+    trainer.config = compose("trainer.n_gpus_per_node=8", f"+asyppo.placement={placement}", *pool)
+    trainer.asyppo = prepare(trainer.config)
+    trainer._init_resource_pool_mgr()
+
+    manager, workers = trainer.resource_pool_manager, trainer.role_worker_mapping
+    expected = {"global_pool": [8]} if placement == "colocated" else {"global_pool": [8], "critic_pool": [4, 4]}
+    assert manager.resource_pool_spec == expected
+    assert manager.mapping[Role.Critic] == list(expected)[-1] and manager.mapping[Role.ActorRollout] == "global_pool"
+    critics = workers[Role.Critic].__ray_actor_class__
+    assert critics.shares == shares and len(critics.specs) == 2
+    actor = workers[Role.ActorRollout].__ray_actor_class__.__name__
+    assert actor == ("DetachActorWorker" if mode == "separate_async" else "ActorRolloutRefWorker")
+
+
 def test_an_empty_pool_is_the_default():
     assert AsyPPOConfig().pool == CriticPool(n_gpus_per_node=0, nnodes=1)
     assert AsyPPOConfig.from_node({"placement": "pool", "pool": {"n_gpus_per_node": 2}}).pool == CriticPool(2, 1)
