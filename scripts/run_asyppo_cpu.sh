@@ -18,7 +18,7 @@ RUN_DIR=$(realpath -m "${RUN_DIR:-$ROOT/runs/asyppo_cpu}")
 TOY_DIR=$(realpath -m "${TOY_DIR:-$ROOT/.cache/asyppo_cpu}")
 cd "$ROOT"
 bash scripts/install.sh
-PYTHON=$ROOT/.venv/bin/python
+PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 MAIN=${MAIN:-verl.trainer.main_ppo}
 STEPS=45
 source recipe/asyppo/cpu.sh

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
+
+from asyppo_verl import preflight
+from asyppo_verl.config import AsyPPOConfig
 
 SIZES = ("4b", "8b", "14b")
 ALGORITHMS = {
@@ -75,15 +78,21 @@ def recorded(script: Path, tmp_path: Path, env: dict[str, str], *overrides: str)
     return words[words.index("verl.trainer.main_ppo") + 1 :]
 
 
-def validated(overrides: list[str]):
+def validated(overrides: list[str], yaml: Path | None = None):
     """Compose and check a configuration as verl's and our own entry do; an override that does not exist raises."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    from asyppo_verl import preflight
-
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=[line for line in overrides if not line.startswith("hydra.")])
+    place = (
+        initialize_config_dir(str(yaml.parent), version_base=None)
+        if yaml
+        else initialize_config_module("verl.trainer.config", version_base=None)
+    )
+    with place:
+        config = compose(
+            yaml.stem if yaml else "ppo_trainer",
+            overrides=[line for line in overrides if not line.startswith("hydra.")],
+        )
     if preflight.is_asyppo(config):
         preflight.prepare(config)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
@@ -162,6 +171,23 @@ def test_the_memory_plans_fit_and_are_those_of_the_header(root, toy, tmp_path, s
 def test_an_override_that_does_not_exist_is_refused(root, toy, tmp_path):
     with pytest.raises(Exception, match="no_such_key"):
         validated(command_of(root, "4b", tmp_path, environment(root, toy), "critic.no_such_key=1"))
+
+
+def test_the_cpu_script_is_a_valid_configuration(root, toy, tmp_path):
+    lines = recorded(root / "scripts/run_asyppo_cpu.sh", tmp_path, {**environment(root, toy), "TOY_DIR": str(toy)})
+    assert validated(lines).algorithm.adv_estimator == "asyppo"
+
+
+def test_the_recipes_yaml_is_a_valid_configuration_with_the_defaults_of_the_plugin(root, toy):
+    lines = [f"actor_rollout_ref.model.path={toy}/actor", f"critic.model.path={toy}/critic"]
+    lines += [
+        "actor_rollout_ref.rollout.name=vllm",
+        "actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+    ]
+    lines += [f"{role}.strategy=fsdp2" for role in ("actor_rollout_ref.actor", "critic")]
+    config = validated(lines, root / "recipe/asyppo/config/asyppo_trainer.yaml")
+    assert preflight.read_config(config) == AsyPPOConfig()
 
 
 def test_the_recipe_folder_stands_on_its_own(root, toy, tmp_path):
