@@ -180,6 +180,7 @@ def test_the_cpu_script_is_a_valid_configuration(root, toy, tmp_path):
 
 def test_the_recipes_yaml_is_a_valid_configuration_with_the_defaults_of_the_plugin(root, toy):
     lines = [f"actor_rollout_ref.model.path={toy}/actor", f"critic.model.path={toy}/critic"]
+    lines += [f"data.train_files={toy}/train.parquet", f"data.val_files={toy}/test.parquet"]
     lines += [
         "actor_rollout_ref.rollout.name=vllm",
         "actor_rollout_ref.rollout.n=4",
