@@ -1,0 +1,219 @@
+"""A crash costs nothing: killed at any moment, a run goes on from its last whole checkpoint as if nothing had been.
+
+``KILLS=10 pytest tests/test_resume.py -k killed`` adds kills at random moments to the three that are chosen.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from processes import of_session
+from replay import Replay, probed, settings
+from rollouts import STEPS
+from test_bad_input import cut, driver
+from test_parity import assert_same, trained
+from training import SMALL
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+
+CHOSEN = ["3:rollout", "5:critic", "6:checkpoint"]
+MOMENTS = ["rollout", "critic", "checkpoint"]
+KEEP = ["trainer.max_actor_ckpt_to_keep=1", "trainer.max_critic_ckpt_to_keep=1"]
+
+
+@pytest.fixture
+def short_tmp():
+    """A folder for what a killed run leaves in ``TMPDIR``; its path is short, since Ray's sockets live below it."""
+    with tempfile.TemporaryDirectory(prefix="k") as folder:
+        yield folder
+
+
+def start(root: Path, task: Path, run_dir: Path, tmp: str, kill: str = "") -> subprocess.Popen:
+    """The CPU script in a session of its own; a run that is to be killed (see :mod:`probe`) in a rollout makes that one."""
+    replayed = [step for step in range(1, STEPS + 1) if kill != f"{step}:rollout"]
+    given = [*settings(task, STEPS), f"skip.rollout_tq.steps={replayed}".replace(" ", ""), *KEEP]
+    environment = {**os.environ, **probed(run_dir), "RUN_DIR": str(run_dir), "TOY_DIR": str(task)}
+    with open(run_dir / "shown", "w") as shown:
+        process = subprocess.Popen(
+            ["bash", str(root / "scripts/run_asyppo_cpu.sh"), *SMALL, *given],
+            env={**environment, "TMPDIR": tmp, "PROBE_KILL": kill},
+            stdout=shown,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    (run_dir / "probe" / "group").write_text(str(process.pid))
+    return process
+
+
+def wait_until_all_are_gone(session: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while (left := of_session(session)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, f"still running: {left}"
+
+
+def last_whole(run_dir: Path) -> int:
+    """Step of the checkpoint that the next start resumes from, every file of it read."""
+    tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    if not tracker.exists():
+        return 0
+    step = int(tracker.read_text())
+    run = Replay(run_dir)
+    for folder in ("actor", "critic/critic_0", "critic/critic_1", "."):
+        assert run.state(step, folder), f"step {step}, {folder}"
+    return step
+
+
+def moments() -> list[str]:
+    """The chosen kills, and random ones after them if there should be more."""
+    more = int(os.environ.get("KILLS", len(CHOSEN))) - len(CHOSEN)
+    rng = random.Random(0)
+    return CHOSEN[: max(0, len(CHOSEN) + min(0, more))] + [
+        f"{step}:{rng.choice(MOMENTS)}" for step in sorted(rng.choices(range(6, STEPS + 1), k=max(0, more)))
+    ]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(root, task, tmp_path, short_tmp, uninterrupted):
+    run_dir = tmp_path / "killed"
+    (run_dir / "probe").mkdir(parents=True)
+    for kill in moments():
+        process = start(root, task, run_dir, short_tmp, kill)
+        process.wait(timeout=600)
+        assert process.returncode == -signal.SIGKILL, (run_dir / "shown").read_text()[-3000:]
+        wait_until_all_are_gone(process.pid)
+        assert last_whole(run_dir) == int(kill.split(":")[0]) - 1, kill
+        if kill.endswith("checkpoint"):
+            (half,) = (run_dir / "checkpoints").glob(f"global_step_{kill.split(':')[0]}/critic/critic_1/optim*.pt")
+            with pytest.raises(RuntimeError, match="zip"):
+                torch.load(half, weights_only=False)
+    process = start(root, task, run_dir, short_tmp)
+    assert process.wait(timeout=600) == 0, (run_dir / "shown").read_text()[-3000:]
+    wait_until_all_are_gone(process.pid)
+
+    found = Replay(run_dir)
+    assert found.metrics() == uninterrupted.metrics()
+    for step in range(1, STEPS + 1):
+        for field, rows in uninterrupted.step(step)["rows"].items():
+            assert_same(found.step(step)["rows"][field], rows, f"step {step}, {field}")
+    for folder in ("actor", "critic/critic_0", "critic/critic_1", "."):
+        assert_same(
+            trained(found, STEPS, folder), trained(uninterrupted, STEPS, folder), f"{folder} after the last step"
+        )
+    kept = {path.parent.name for path in (run_dir / "checkpoints").glob("global_step_*/actor")}
+    kept |= {path.parent.name for path in (run_dir / "checkpoints").glob("global_step_*/critic")}
+    assert kept == {f"global_step_{STEPS}"}, "checkpoints of earlier starts stayed"
+
+
+# -- damaged checkpoints -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resumable(compose, task, uninterrupted, tmp_path) -> Callable:
+    """A configuration that resumes from a copy of the last checkpoint of a real run; the copy may be changed."""
+    checkpoints = tmp_path / "checkpoints"
+    last = uninterrupted.run_dir / "checkpoints" / f"global_step_{STEPS}"
+    shutil.copytree(last, checkpoints / last.name)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
+
+    def composed(*overrides: str):
+        return compose(
+            f"actor_rollout_ref.model.path={task}/actor",
+            f"critic.model.path={task}/critic",
+            f"data.train_files={task}/train.parquet",
+            f"data.val_files={task}/test.parquet",
+            f"trainer.default_local_dir={checkpoints}",
+            *overrides,
+        )
+
+    return composed
+
+
+OPTIM = "critic/critic_1/optim_world_size_1_rank_0.pt"
+MODEL = "critic/critic_0/model_world_size_1_rank_0.pt"
+
+
+def another_model(checkpoint: Path) -> None:
+    shutil.copy(checkpoint / "actor/huggingface/config.json", checkpoint / "critic/critic_1/huggingface/config.json")
+
+
+def tracker_says(text: str) -> Callable[[Path], None]:
+    return lambda checkpoint: (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text(text) and None
+
+
+DAMAGED = [
+    ("a critic missing", lambda c: shutil.rmtree(c / "critic/critic_1"), [], ["critic", "missing ['critic_1']"]),
+    ("all critics missing", lambda c: shutil.rmtree(c / "critic"), [], ["critic", "missing ['critic_0', 'critic_1']"]),
+    (
+        "a critic too many",
+        lambda c: shutil.copytree(c / "critic/critic_1", c / "critic/critic_2"),
+        [],
+        ["unexpected ['critic_2']", "num_critics=2"],
+    ),
+    (
+        "more critics wanted",
+        lambda c: None,
+        ["+asyppo.num_critics=4"],
+        ["num_critics=4", "missing ['critic_2', 'critic_3']"],
+    ),
+    ("one critic wanted", lambda c: None, ["+asyppo.num_critics=1"], ["num_critics=1", "unexpected ['critic_1']"]),
+    ("the actor missing", lambda c: shutil.rmtree(c / "actor"), [], ["/actor", "nothing of the kind"]),
+    ("an optimizer missing", lambda c: (c / OPTIM).unlink(), [], ["critic_1", "optim_world_size_1_rank_0.pt"]),
+    ("an optimizer cut off", lambda c: cut(c / OPTIM), [], [OPTIM, "its end is missing"]),
+    ("a model of no size", lambda c: (c / MODEL).write_bytes(b""), [], [MODEL, "its end is missing"]),
+    ("the actor cut off", lambda c: cut(c / "actor/model_world_size_1_rank_0.pt"), [], ["/actor/model", "its end"]),
+    (
+        "a schedule missing",
+        lambda c: (c / "critic/critic_0/extra_state_world_size_1_rank_0.pt").unlink(),
+        [],
+        ["critic_0", "extra_state_world_size_1_rank_0.pt"],
+    ),
+    ("a critic of another model", another_model, [], ["critic_1", "another model", "hidden_size=128", "has 64"]),
+    (
+        "a critic without configuration",
+        lambda c: (c / "critic/critic_0/huggingface/config.json").unlink(),
+        [],
+        ["critic_0", "config.json", "cannot be read"],
+    ),
+    ("two ranks", lambda c: None, ["trainer.n_gpus_per_node=2"], ["saved by 1 ranks", "now has 2"]),
+    ("the data position missing", lambda c: (c / "data.pt").unlink(), [], ["data.pt", "position in the training data"]),
+    ("the data position cut off", lambda c: cut(c / "data.pt"), [], ["data.pt", "damaged"]),
+    ("an empty tracker", tracker_says(""), [], ["latest_checkpointed_iteration.txt names step ''", f"[{STEPS}]"]),
+    ("a tracker of words", tracker_says("last"), [], ["names step 'last'", "write the step"]),
+    ("a tracker of no checkpoint", tracker_says("7"), [], ["names step '7'", f"of the steps [{STEPS}]"]),
+]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_checkpoint_that_is_damaged_below_is_accepted(resumable):
+    driver(resumable())
+
+
+@pytest.mark.parametrize(("damage", "overrides", "fragments"), [d[1:] for d in DAMAGED], ids=[d[0] for d in DAMAGED])
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(resumable, tmp_path, damage, overrides, fragments):
+    damage(tmp_path / "checkpoints" / f"global_step_{STEPS}")
+    before = content(tmp_path / "checkpoints")
+    with pytest.raises(ValueError) as caught:
+        driver(resumable(*overrides))
+    message = str(caught.value)
+    assert all(fragment in message for fragment in fragments) and str(tmp_path) in message, message
+    assert "\n" not in message and "trainer.resume_mode=disable" in message
+    assert content(tmp_path / "checkpoints") == before
+
+
+def test_an_earlier_checkpoint_or_none_is_the_cure(resumable, tmp_path):
+    checkpoint = tmp_path / "checkpoints" / f"global_step_{STEPS}"
+    whole = shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name)
+    cut(checkpoint / OPTIM)
+    driver(resumable("trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}"))
+    driver(resumable("trainer.resume_mode=disable"))
