@@ -175,11 +175,26 @@ def _check_critics(config: DictConfig, asyppo: AsyPPOConfig) -> None:
         models.append((f"asyppo.critic_overrides.{index}" if has_model else "critic", nodes[-1].model))
     actor = config.actor_rollout_ref
     loaded_actor, loaded = check_models(actor.model, models)
+    _notice_equal_heads(nodes, loaded)
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     parts = [_part("actor", ranks, actor.actor, actor.model, loaded_actor)]
     for name, node, model in zip(critic_folders(len(nodes)), nodes, loaded, strict=True):
         parts.append(_part(f"critic/{name}", critic_ranks(config, asyppo), node, node.model, model))
     _check_resume(config.trainer, parts)
+
+
+def _notice_equal_heads(nodes: list[DictConfig], loaded: list[Any]) -> None:
+    """Critics that start from one folder with a value head start as one critic; new heads would differ."""
+    with_head = [
+        node.model.path
+        for node, model in zip(nodes, loaded, strict=True)
+        if any(name.endswith("ForTokenClassification") for name in model.architectures or [])
+    ]
+    for path in sorted({path for path in with_head if with_head.count(path) > 1}):
+        logger.warning(
+            f"{with_head.count(path)} mini-critics start from {path} with its value head, so they begin equal and disagree on "
+            "nothing; give each a folder of its own with asyppo.critic_overrides.<m>.model.path"
+        )
 
 
 def _check_resume(trainer: DictConfig, parts: list[Part]) -> None:

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3ForTokenClassification
 
 from asyppo_verl.checks import notices
 from asyppo_verl.config import AsyPPOConfig
@@ -179,3 +181,17 @@ def test_loss_modes_that_look_at_all_tokens_are_pointed_out(compose, loss_mode):
         f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode}", "actor_rollout_ref.actor.entropy_coeff=0.1"
     )
     assert any(loss_mode in line for line in notices(config, AsyPPOConfig()))
+
+
+def test_critics_that_would_begin_equal_are_pointed_out(compose, toy, tmp_path, caplog):
+    """One folder with a value head for both; with a folder each, or new heads, nothing is said."""
+    torch.manual_seed(0)
+    for name in ("first", "second"):
+        Qwen3ForTokenClassification.from_pretrained(toy / "critic", num_labels=1).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(toy / "critic").save_pretrained(tmp_path / name)
+    own = f"+asyppo.critic_overrides.1.model.path={tmp_path}/second"
+    prepare(compose())
+    prepare(compose(f"critic.model.path={tmp_path}/first", own))
+    assert "begin equal" not in caplog.text
+    prepare(compose(f"critic.model.path={tmp_path}/first"))
+    assert f"2 mini-critics start from {tmp_path}/first with its value head" in caplog.text

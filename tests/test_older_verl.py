@@ -9,7 +9,7 @@ import pytest
 from asyppo_verl.config import SUPPORTED_VERL
 
 OLDER = SUPPORTED_VERL[0]
-MODULES = ("config", "recipe", "plugin", "actor_loss", "trainer", "critics")
+MODULES = ("config", "recipe", "plugin", "placement", "actor_loss", "trainer", "critics", "export")
 
 
 @pytest.mark.ray
