@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 
 def check_weights(key: str, folder: Path) -> None:
     """Refuse a local model folder whose weights are missing, incomplete or cut off.
@@ -16,6 +14,8 @@ def check_weights(key: str, folder: Path) -> None:
     Raises:
         ValueError: naming key, file and cure.
     """
+    from safetensors import SafetensorError, safe_open  # late: every process that imports verl loads this module
+
     cure = "copy or download the model again"
     names = {path.name for path in folder.iterdir()}
     if not any(name.endswith((".safetensors", ".bin")) for name in names):

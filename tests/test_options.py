@@ -160,17 +160,17 @@ def attend(query, key, value, _mask, _length, *_args, position_ids, softmax_scal
     return found.transpose(1, 2).contiguous()
 
 
-def test_sequence_parallel_critics_are_those_of_one_rank(compose, cluster, monkeypatch):  # noqa: F811
+def test_sequence_parallel_critics_are_those_of_one_rank(compose, cluster):  # noqa: F811
     """Two ranks share every sequence: the same values, gradients and weights as one rank with all of it."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     single = test_critics.start(compose, 1)
-    monkeypatch.setattr(test_critics, "ProbedWorker", SequenceParallelWorker)
     shared = test_critics.start(
         compose,
         2,
         "critic.fsdp.ulysses_sequence_parallel_size=2",
         "critic.model.use_remove_padding=True",
         f"critic.model.override_config.attn_implementation={ATTENTION}",
+        worker=SequenceParallelWorker,
     )
     data = test_critics.batch(20)
     values = [group.infer_batch(data.copy()).get() for group in (single, shared)]
