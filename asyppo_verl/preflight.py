@@ -105,7 +105,6 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     asyppo = read_config(config)
     check_against_verl(config, asyppo)
     _check_platform(config)
-    _check_sequence_parallel(config, asyppo)
     _check_critics(config, asyppo)
     for notice in notices(config, asyppo):
         logger.warning(notice)
@@ -130,14 +129,12 @@ def _check_platform(config: DictConfig) -> None:
             raise ValueError(f"{key}='fsdp': torch's FSDP1 does not start on a CPU (VERL_PLATFORM=cpu); set fsdp2")
 
 
-def _check_sequence_parallel(config: DictConfig, asyppo: AsyPPOConfig) -> None:
+def _check_sequence_parallel(size: int, models: list[DictConfig]) -> None:
     """verl exchanges a sequence's parts between ranks only inside flash attention; any other would see one part alone."""
-    size = config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
     if size == 1:
         return
     asked = f"critic.fsdp.ulysses_sequence_parallel_size={size}"
-    for index in range(asyppo.num_critics):
-        model = critic_node(config, asyppo, index).model
+    for index, model in enumerate(models):
         attention = model.override_config.get("attn_implementation", "flash_attention_2")
         if "flash" not in attention:
             raise ValueError(
@@ -173,6 +170,9 @@ def _check_critics(config: DictConfig, asyppo: AsyPPOConfig) -> None:
         check_critic_numbers(f"asyppo.critic_overrides.{index}" if own else "critic", nodes[-1], longest)
         has_model = bool(own.get("model", {}).get("path"))
         models.append((f"asyppo.critic_overrides.{index}" if has_model else "critic", nodes[-1].model))
+    _check_sequence_parallel(
+        config.critic.fsdp.get("ulysses_sequence_parallel_size", 1), [node.model for node in nodes]
+    )
     actor = config.actor_rollout_ref
     loaded_actor, loaded = check_models(actor.model, models)
     _notice_equal_heads(nodes, loaded)
