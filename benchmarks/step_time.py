@@ -1,8 +1,16 @@
-"""Step time of AsyPPO with two critics against verl's PPO with one of the same size: ``python benchmarks/step_time.py``.
+"""A step of AsyPPO beside its three baselines on the same rollouts: ``python benchmarks/step_time.py``.
 
-Runs the CPU script with both estimators in turn (A B A B ...), so that a change of the machine's speed meets both, and
-compares the steps after the first ones of every run. Both build their critics from the same folder and sample 16 prompts
-x 4 responses. "start" is the time from the command to the first completed step. The last line is one JSON object.
+Trains with the CPU script, real verl, Ray and FSDP2, an actor with eight times the parameters of a mini-critic:
+
+* ``grpo``: no critic;
+* ``ppo``: verl's PPO, its critic of the actor's size;
+* ``ppo_small_critic``: verl's PPO, its critic of a mini-critic's size;
+* ``asyppo``: two mini-critics.
+
+A first run samples the responses, and every other one replays them (verl's ``skip.rollout_tq``), so that all train on the
+same tokens. A step's total is therefore one without generation, of which critics would be a smaller share. The algorithms
+take turns, in another order every round, so that a change of the machine's speed meets all of them. The first steps of a run
+do not count. The last line is one JSON object.
 """
 
 import argparse
@@ -11,87 +19,145 @@ import os
 import statistics
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
+from recipe.asyppo.console import read_metrics
+from recipe.asyppo.make_toy import build_model, build_tokenizer, write_data
+
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ["gen", "old_log_prob", "values", "adv", "update_critic", "update_actor", "update_weights", "step"]
-# Both are asked for the same micro-batches; verl's V1 trainer runs its critic with dynamic ones whatever it is asked.
-SETTINGS = [
-    "data.train_batch_size=16",
-    "actor_rollout_ref.rollout.n=4",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-    "actor_rollout_ref.actor.entropy_coeff=0",
-    "trainer.save_freq=-1",
-]
+# Twice the width and twice the layers: eight times the parameters, embeddings left out.
+CRITIC = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 6}
+ACTOR = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 12}
+PHASES = ["old_log_prob", "values", "adv", "update_critic", "update_actor", "step"]
+CRITIC_PHASES = ["values", "adv", "update_critic"]
+"""What is there for the critics' sake; ``adv`` holds GAE, and for AsyPPO the selections, masks and metrics."""
+
+PROMPTS, RESPONSES = 16, 4
 
 
-def run(estimator: str, steps: int, folder: Path, extra: list[str]) -> tuple[float, list[dict]]:
-    """Train; returns seconds to the first completed step and the metrics of all steps."""
-    run_dir = folder / estimator / str(time.monotonic_ns())
-    command = [
-        "bash",
-        str(ROOT / "scripts/run_asyppo_cpu.sh"),
-        *SETTINGS,
-        f"algorithm.adv_estimator={estimator}",
+def settings(folder: Path, steps: int, length: int) -> list[str]:
+    """Overrides that all runs have: the same batches, cut into the same number of mini-batches for actor and critics."""
+    tokens = 4 * (16 + length)
+    return [
+        f"data.train_batch_size={PROMPTS}",
+        f"data.max_response_length={length}",
+        f"actor_rollout_ref.rollout.n={RESPONSES}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // 2}",
+        f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={tokens}",
+        f"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu={2 * tokens}",
+        # The same budget for training and for values: verl's own V1 trainer uses the one for values for both.
+        f"critic.ppo_max_token_len_per_gpu={2 * tokens}",
+        f"critic.forward_max_token_len_per_gpu={2 * tokens}",
+        "actor_rollout_ref.actor.entropy_coeff=0.001",
+        "trainer.save_freq=-1",
         f"trainer.total_training_steps={steps}",
-        *extra,
+        "trainer.experiment_name=replay",
+        "skip.rollout_tq.enable=True",
+        f"skip.rollout_tq.steps={list(range(1, steps + 1))}".replace(" ", ""),
+        f"skip.rollout_tq.dump_dir={folder}/dump",
     ]
-    metrics = run_dir / "metrics.jsonl"
-    start = time.perf_counter()
-    first = None
-    with (
-        open(folder / f"{estimator}.out", "w") as out,
-        subprocess.Popen(
-            command, env={**os.environ, "RUN_DIR": str(run_dir)}, stdout=out, stderr=subprocess.STDOUT
-        ) as process,
-    ):
-        while process.poll() is None:
-            if first is None and metrics.exists() and metrics.stat().st_size:
-                first = time.perf_counter() - start
-            time.sleep(0.1)
-    if process.returncode or first is None:
-        raise RuntimeError((folder / f"{estimator}.out").read_text()[-4000:])
-    return first, [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
+
+
+def algorithms(folder: Path) -> dict[str, list[str]]:
+    """What makes each algorithm."""
+    return {
+        "grpo": ["algorithm.adv_estimator=grpo", "critic.enable=False"],
+        "ppo": ["algorithm.adv_estimator=gae", f"critic.model.path={folder}/actor"],
+        "ppo_small_critic": ["algorithm.adv_estimator=gae"],
+        "asyppo": ["algorithm.adv_estimator=asyppo"],
+    }
+
+
+def make_task(folder: Path) -> None:
+    """Untrained models, whose responses have all lengths, and additions as prompts."""
+    tokenizer = build_tokenizer()
+    for seed, (name, shape) in enumerate((("actor", ACTOR), ("critic", CRITIC))):
+        build_model(shape, tokenizer, seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_data(folder, seed=0, train=6000, test=16)
+    (folder / "made.json").write_text("{}")
+
+
+def train(folder: Path, name: str, overrides: list[str]) -> list[dict[str, float]]:
+    """Run the CPU script; returns the metrics of its steps."""
+    run_dir = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
+    command = ["bash", str(ROOT / "scripts/run_asyppo_cpu.sh"), *overrides]
+    environment = {**os.environ, "RUN_DIR": str(run_dir), "TOY_DIR": str(folder)}
+    with open(run_dir / "shown", "w") as shown:
+        code = subprocess.run(command, env=environment, stdout=shown, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise SystemExit(f"{name} ended with {code}:\n{(run_dir / 'shown').read_text()[-4000:]}")
+    return [line["data"] for line in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def seconds(step: dict[str, float], phase: str) -> float:
+    return step.get(f"timing_s/{phase}", 0.0)
+
+
+def table(measured: dict[str, list[dict[str, float]]]) -> str:
+    """Median, lowest and highest seconds of every phase, and the ratio to GRPO's."""
+    lines = [f"{'phase':<14}" + "".join(f"{name:>31}" for name in measured)]
+    for phase in [*PHASES, "critics"]:
+        parts = CRITIC_PHASES if phase == "critics" else [phase]
+        cells, base = [], None
+        for steps in measured.values():
+            values = [sum(seconds(step, part) for part in parts) for step in steps]
+            median = statistics.median(values)
+            base = median if base is None else base
+            ratio = f"x{median / base:.2f}" if base > 0.05 else ""
+            cells.append(f"{median:>10.3f} ({min(values):.2f}-{max(values):.2f}) {ratio:>6}")
+        lines.append(f"{'total' if phase == 'step' else phase:<14}" + "".join(f"{cell:>31}" for cell in cells))
+    return "\n".join(lines)
+
+
+def result(measured: dict[str, list[dict[str, float]]], generation: float) -> dict[str, object]:
+    """The ratios of medians that the goals are about."""
+    total = {name: statistics.median(seconds(s, "step") for s in steps) for name, steps in measured.items()}
+    critics = {
+        name: statistics.median(sum(seconds(s, phase) for phase in CRITIC_PHASES) for s in steps)
+        for name, steps in measured.items()
+    }
+    over_grpo = {f"{name}_over_grpo": round(total[name] / total["grpo"], 3) for name in measured if name != "grpo"}
+    sampled = round((total["asyppo"] + generation) / (total["grpo"] + generation), 3)
+    return {
+        **over_grpo,
+        "asyppo_critic_over_ppo_critic": round(critics["asyppo"] / critics["ppo"], 3),
+        "asyppo_over_grpo_with_generation": sampled,
+        "seconds": {name: round(value, 3) for name, value in total.items()},
+        "critic_seconds": {name: round(value, 3) for name, value in critics.items()},
+        "generation_seconds": round(generation, 3),
+        "steps": {name: len(steps) for name, steps in measured.items()},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each estimator")
-    parser.add_argument("--steps", type=int, default=14, help="steps a run")
-    parser.add_argument("--skip", type=int, default=3, help="first steps of a run that do not count")
-    parser.add_argument("overrides", nargs="*", help="verl overrides for both")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each algorithm")
+    parser.add_argument("--steps", type=int, default=8, help="steps a run")
+    parser.add_argument("--skip", type=int, default=2, help="first steps of a run that do not count")
+    parser.add_argument("--length", type=int, default=256, help="longest response, tokens")
+    parser.add_argument("overrides", nargs="*", help="verl overrides for all runs")
     arguments = parser.parse_args()
+    if not 0 <= arguments.skip < arguments.steps:
+        parser.error(f"--skip {arguments.skip} leaves none of {arguments.steps} steps")
 
-    seconds: dict[str, dict[str, list[float]]] = {name: {p: [] for p in PHASES} for name in ("gae", "asyppo")}
-    starts: dict[str, list[float]] = {"gae": [], "asyppo": []}
-    with tempfile.TemporaryDirectory(prefix="asyppo-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="asyppo-bench-") as name:
+        folder = Path(name)
+        make_task(folder)
+        shared = [*settings(folder, arguments.steps, arguments.length), *arguments.overrides]
+        chosen = algorithms(folder)
+        recorded = train(folder, "recording", [*shared, *chosen["grpo"]])[arguments.skip :]
+        generation = statistics.median(seconds(step, "gen") for step in recorded)
+        length = statistics.mean(step["response_length/mean"] for step in recorded)
+        print(f"recorded {PROMPTS * RESPONSES} responses a step of {length:.0f} tokens, {generation:.1f} s", flush=True)
+        measured: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
         for number in range(arguments.rounds):
-            for name in ("gae", "asyppo") if number % 2 == 0 else ("asyppo", "gae"):
-                first, steps = run(name, arguments.steps, Path(folder), arguments.overrides)
-                starts[name].append(first)
-                for step in steps[arguments.skip :]:
-                    for phase in PHASES:
-                        seconds[name][phase].append(step[f"timing_s/{phase}"])
-                print(f"round {number + 1}: {name} done, first step after {first:.1f} s", flush=True)
-
-    median = {name: {p: statistics.median(values) for p, values in phases.items()} for name, phases in seconds.items()}
-    print(f"\n{'phase':<15} {'gae s':>8} {'min-max':>15} {'asyppo s':>9} {'min-max':>15} {'ratio':>6}")
-    for phase in PHASES:
-        cells = [f"{min(seconds[n][phase]):.2f}-{max(seconds[n][phase]):.2f}" for n in ("gae", "asyppo")]
-        gae, ours = median["gae"][phase], median["asyppo"][phase]
-        print(f"{phase:<15} {gae:>8.3f} {cells[0]:>15} {ours:>9.3f} {cells[1]:>15} {ours / gae:>6.2f}")
-    print(
-        json.dumps(
-            {
-                "asyppo_over_gae": round(median["asyppo"]["step"] / median["gae"]["step"], 3),
-                "gae_step_seconds": round(median["gae"]["step"], 3),
-                "asyppo_step_seconds": round(median["asyppo"]["step"], 3),
-                "asyppo_first_step_after_seconds": [round(value, 1) for value in starts["asyppo"]],
-                "steps": len(seconds["asyppo"]["step"]),
-            }
-        )
-    )
+            order = list(chosen) if number % 2 == 0 else list(reversed(chosen))
+            for name in order:
+                measured[name] += train(folder, name, [*shared, *chosen[name]])[arguments.skip :]
+                print(f"round {number + 1}: {name}", flush=True)
+    print(table(measured))
+    print(json.dumps(result(measured, generation)))
 
 
 if __name__ == "__main__":

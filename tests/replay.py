@@ -21,12 +21,12 @@ def make_task(folder: Path) -> None:
     """Actor, critic with a head of its own, data and the recorded rollouts; nothing is trained, so seeds fix every bit."""
     from transformers import Qwen3ForTokenClassification
 
-    from recipe.asyppo.make_toy import build_model, build_tokenizer, write_data
+    from recipe.asyppo.make_toy import SIZES, build_model, build_tokenizer, write_data
 
     folder.mkdir(parents=True)
     tokenizer = build_tokenizer()
-    build_model("actor", tokenizer, seed=0).save_pretrained(folder / "actor")
-    body = build_model("critic", tokenizer, seed=1).config
+    build_model(SIZES["actor"], tokenizer, seed=0).save_pretrained(folder / "actor")
+    body = build_model(SIZES["critic"], tokenizer, seed=1).config
     body.num_labels = 1
     torch.manual_seed(2)
     Qwen3ForTokenClassification(body).save_pretrained(folder / "critic")

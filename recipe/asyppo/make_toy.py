@@ -8,6 +8,7 @@ import argparse
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -40,19 +41,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A randomly initialised Qwen3 of one of :data:`SIZES`."""
+def build_model(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3 of a shape such as those in :data:`SIZES`."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         head_dim=32,
-        num_key_value_heads=SIZES[size]["num_attention_heads"],
+        num_key_value_heads=shape["num_attention_heads"],
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         architectures=["Qwen3ForCausalLM"],
-        **SIZES[size],
+        **shape,
     )
     return Qwen3ForCausalLM(config)
 
@@ -139,7 +140,7 @@ def make(folder: Path, *, until: float = 0.35, max_steps: int = 3000, seed: int 
     tokenizer = build_tokenizer()
     summary = {}
     for index, (name, target) in enumerate((("actor", until), ("critic", 1.0))):
-        model = build_model(name, tokenizer, seed + index)
+        model = build_model(SIZES[name], tokenizer, seed + index)
         steps = max_steps if name == "actor" else min(200, max_steps)
         summary[name] = pretrain(model, tokenizer, until=target, max_steps=steps, seed=seed + 10 * index, name=name)
         model.save_pretrained(partial / name)
