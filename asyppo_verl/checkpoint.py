@@ -1,8 +1,10 @@
-"""The mini-critics' part of a checkpoint: one folder each, in verl's own format, made by as many ranks as a critic has."""
+"""What is in a checkpoint of verl: the mini-critics' folders, and the files of one model that FSDP ranks saved."""
 
+import json
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 _SHARD_FILE = re.compile(r"_world_size_(\d+)_rank_\d+\.pt$")
 """How verl names what one FSDP rank saved."""
@@ -46,3 +48,27 @@ def check_checkpoint(
                 f"has {ranks}, and FSDP checkpoints keep their number of ranks; choose asyppo.placement and asyppo.pool so "
                 "that every critic has as many again, or trainer.resume_mode=disable to start anew"
             )
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a folder ("actor", "critic/critic_<m>") that does not hold one whole model to be merged.
+
+    Raises:
+        ValueError: naming the folder, the missing files, and the cure.
+    """
+    if (folder / "lora_train_meta.json").exists():
+        raise ValueError(f"{folder} is a LoRA checkpoint; merge the adapter into its model, and name that folder")
+    ranks = folder / "fsdp_config.json"
+    if not ranks.exists():
+        raise ValueError(
+            f"{folder} is no complete FSDP checkpoint: fsdp_config.json is missing; name a checkpoint that was saved to its "
+            "end (Megatron: python -m verl.model_merger merge --backend megatron)"
+        )
+    count = json.loads(ranks.read_text())["world_size"]
+    files = ["huggingface/config.json", *(f"model_world_size_{count}_rank_{rank}.pt" for rank in range(count))]
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is incomplete: {', '.join(missing)} missing; wait until it is written, bring the files of all {count} "
+            "ranks together, and save 'model' (checkpoint.save_contents)"
+        )

@@ -7,7 +7,6 @@ configuration and tokenizer: for ``from_pretrained``, for ``critic.model.path`` 
 import argparse
 import contextlib
 import io
-import json
 import pickle
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForTokenClassification
 from verl.model_merger.base_model_merger import ModelMergerConfig
 from verl.model_merger.fsdp_model_merger import FSDPModelMerger
-from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_filename
 
-from asyppo_verl.checkpoint import critic_folders
+from asyppo_verl.checkpoint import check_model, critic_folders
+from asyppo_verl.retention import latest_step
 
 
 def export(checkpoint: Path, out: Path, *, trust_remote_code: bool = False) -> list[str]:
@@ -42,7 +41,7 @@ def export(checkpoint: Path, out: Path, *, trust_remote_code: bool = False) -> l
         raise ValueError(f"{out} exists already; name a new folder, or remove it")
     parts = find_parts(find_checkpoint(checkpoint))
     for folder in parts.values():
-        check_complete(folder)
+        check_model(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         exported = Path(aside) / out.name
@@ -55,9 +54,8 @@ def export(checkpoint: Path, out: Path, *, trust_remote_code: bool = False) -> l
 def find_checkpoint(path: Path) -> Path:
     """The ``global_step_N`` folder that ``path`` is, or the latest one of the run in ``path``."""
     for run in (path, path / "checkpoints"):
-        tracker = Path(get_checkpoint_tracker_filename(str(run)))
-        if tracker.exists():
-            path = run / f"global_step_{int(tracker.read_text())}"
+        if (step := latest_step(run)) is not None:
+            path = run / f"global_step_{step}"
             break
     if not path.is_dir():
         raise ValueError(f"the checkpoint {path} does not exist; name a global_step_N folder or a run folder")
@@ -85,24 +83,6 @@ def find_parts(checkpoint: Path) -> dict[str, Path]:
     if not parts:
         raise ValueError(f"{checkpoint} holds neither actor nor critic; name a global_step_N folder or a run folder")
     return parts
-
-
-def check_complete(folder: Path) -> None:
-    """Raises ValueError, with the names of the missing files, unless ``folder`` holds a whole FSDP model."""
-    ranks = folder / "fsdp_config.json"
-    if not ranks.exists():
-        raise ValueError(
-            f"{folder} is no complete FSDP checkpoint: fsdp_config.json is missing; name a checkpoint that was saved to its "
-            "end (Megatron: python -m verl.model_merger merge --backend megatron)"
-        )
-    count = json.loads(ranks.read_text())["world_size"]
-    files = ["huggingface/config.json", *(f"model_world_size_{count}_rank_{rank}.pt" for rank in range(count))]
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is incomplete: {', '.join(missing)} missing; bring the files of all {count} ranks together, "
-            "and save 'model' (checkpoint.save_contents)"
-        )
 
 
 class _Merger(FSDPModelMerger):

@@ -8,7 +8,7 @@ from typing import Any
 
 import wrapt
 
-from asyppo_verl import preflight
+from asyppo_verl import cpu, preflight
 from asyppo_verl.config import ESTIMATOR
 from asyppo_verl.cpu import platform as cpu_platform
 
@@ -31,7 +31,7 @@ def activate() -> None:
         ("verl.trainer.ppo.v1", _register_trainers),
     ):
         wrapt.register_post_import_hook(hook, name)
-    if cpu_platform.is_selected():
+    if cpu.is_selected():
         wrapt.register_post_import_hook(_honour_attention, "verl.utils.model")
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from asyppo_verl import cpu
 from asyppo_verl.checkpoint import critic_folders
 from asyppo_verl.checks import check_against_verl, notices
 from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
@@ -125,7 +126,7 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
 def _check_platform(config: DictConfig) -> None:
     for key in ("actor_rollout_ref.actor.strategy", "critic.strategy"):
         strategy = OmegaConf.select(config, key)
-        if os.environ.get("VERL_PLATFORM") == "cpu" and strategy == "fsdp":
+        if cpu.is_selected() and strategy == "fsdp":
             raise ValueError(f"{key}='fsdp': torch's FSDP1 does not start on a CPU (VERL_PLATFORM=cpu); set fsdp2")
 
 

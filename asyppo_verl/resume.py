@@ -12,9 +12,8 @@ from typing import Any
 
 from asyppo_verl.checkpoint import check_checkpoint
 from asyppo_verl.config import nearest
-from asyppo_verl.retention import saved_steps
+from asyppo_verl.retention import latest_step
 
-TRACKER = "latest_checkpointed_iteration.txt"
 RESUME_MODES = ("auto", "disable", "resume_path")
 FILES = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 """What verl's ``checkpoint.load_contents`` calls a thing, and how the names of its files begin."""
@@ -63,16 +62,13 @@ def resume_target(mode: str, root: Path, path: str | None) -> Path | None:
                 "or resume from the last one with trainer.resume_mode=auto"
             )
         return Path(path)
-    tracker = root / TRACKER
-    if mode == "disable" or not tracker.exists():
+    if mode == "disable":
         return None
-    step = tracker.read_text().strip()
-    if not step.isdecimal() or not (root / f"global_step_{step}").is_dir():
-        raise ValueError(
-            f"{tracker} names step {step!r}, but there are checkpoints of the steps {saved_steps(root)}; write the step of "
-            "the last whole one into that file, or start anew with trainer.resume_mode=disable"
-        )
-    return root / f"global_step_{step}"
+    try:
+        last = latest_step(root)
+    except ValueError as error:
+        raise ValueError(f"{error}, or start anew with trainer.resume_mode=disable") from error
+    return None if last is None else root / f"global_step_{last}"
 
 
 def check_whole(checkpoint: Path, parts: Sequence[Part]) -> None:

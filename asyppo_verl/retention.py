@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are on disk, and which of them are too many."""
+"""Which checkpoints of a run are on disk, which is the last whole one, and which are too many."""
 
 import contextlib
 import shutil
@@ -6,11 +6,32 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""The file in which verl writes the step of a checkpoint when all of it is there."""
+
 
 def saved_steps(root: Path) -> list[int]:
     """Steps that have a folder ``global_step_<n>`` below ``root``, in order."""
     names = (folder.name.removeprefix("global_step_") for folder in root.glob("global_step_*") if folder.is_dir())
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def latest_step(root: Path) -> int | None:
+    """Step of the last whole checkpoint below ``root``, verl's ``trainer.default_local_dir``; None before the first.
+
+    Raises:
+        ValueError: if the file that says so names no checkpoint, with the cure.
+    """
+    tracker = root / TRACKER
+    if not tracker.exists():
+        return None
+    step = tracker.read_text().strip()
+    if not step.isdecimal() or not (root / f"global_step_{step}").is_dir():
+        raise ValueError(
+            f"{tracker} names step {step!r}, but there are checkpoints of the steps {saved_steps(root)}; write the step of "
+            "the last whole one into that file"
+        )
+    return int(step)
 
 
 def remove_old(root: Path, step: int, keep: Mapping[str, int | None]) -> None:

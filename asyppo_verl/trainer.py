@@ -156,7 +156,7 @@ class AsyPPOMixin(_Base):
         """verl's GAE on the mean value, then the two selections by sigma."""
         with self._adv_estimator("gae"):
             batch = super()._compute_advantage(batch, metrics)
-        evaluation = self._evaluation
+        evaluation, self._evaluation = self._evaluation, None  # gigabytes that the actor's update has no use for
         responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
         assert responses.keys == evaluation.keys, "the batch changed between values and advantages"
         is_response_N = responses["response_mask"].bool()
@@ -165,7 +165,7 @@ class AsyPPOMixin(_Base):
         changed = {}
 
         if self.asyppo.critic_lam != self.config.algorithm.lam:
-            changed["returns"] = returns_N = self._critic_target(batch)
+            changed["returns"] = returns_N = self._critic_target(batch, evaluation.value_N)
         keep_adv_N = asyppo.keep_advantage(evaluation.sigma_N, is_response_N, fraction=self.asyppo.adv_mask_fraction)
         keep_ent_N = asyppo.keep_entropy(
             evaluation.sigma_N, is_response_N, fraction=self.asyppo.entropy_filter_fraction
@@ -183,13 +183,13 @@ class AsyPPOMixin(_Base):
             batch.fields = batch_io.store(batch, responses, **changed)
         return self._for_the_actor(batch)
 
-    def _critic_target(self, batch: KVBatchMeta) -> Tensor:
+    def _critic_target(self, batch: KVBatchMeta, value_N: Tensor) -> Tensor:
         """The lambda-return of the mean value with the critics' own lambda, by verl's GAE."""
         rewards = "token_level_rewards" if self.config.algorithm.use_kl_in_reward else "rm_scores"
         responses = batch_io.fetch(batch, "response_mask", rewards)
         _, target_BT = compute_gae_advantage_return(
             token_level_rewards=responses.padded(responses[rewards]),
-            values=responses.padded(self._evaluation.value_N),
+            values=responses.padded(value_N),
             response_mask=responses.padded(responses["response_mask"]),
             gamma=self.config.algorithm.gamma,
             lam=self.asyppo.critic_lam,

@@ -18,12 +18,12 @@ def check_weights(key: str, folder: Path) -> None:
 
     cure = "copy or download the model again"
     names = {path.name for path in folder.iterdir()}
-    if not any(name.endswith((".safetensors", ".bin")) for name in names):
-        raise ValueError(f"{key}={folder} has a configuration but no weights (*.safetensors); {cure}")
-    for index in folder.glob("*.safetensors.index.json"):
+    for index in folder.glob("*.index.json"):
         missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - names)
         if missing:
             raise ValueError(f"{key}={folder} lacks {', '.join(missing)}, which {index.name} lists; {cure}")
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise ValueError(f"{key}={folder} has a configuration but no weights (*.safetensors); {cure}")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be

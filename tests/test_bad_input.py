@@ -223,6 +223,6 @@ def test_a_run_folder_whose_last_checkpoint_is_unknown_is_left_alone(tmp_path, t
     tracker = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     tracker.parent.mkdir(parents=True)
     tracker.write_text(text)
-    with pytest.raises(SystemExit, match=rf"{tracker} names no step: '{text}'; write that of the last whole"):
+    with pytest.raises(SystemExit, match=rf"{tracker} names step '{text}', but .*; write the step of the last whole"):
         prepare(tmp_path / "run", ["trainer.total_training_steps=3"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

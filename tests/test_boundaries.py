@@ -29,7 +29,7 @@ ALLOWED = {
     "critics": ({"torch", "tensordict", "omegaconf", "verl"}, {"value_model", "checkpoint"}),
     "preflight": (
         {"omegaconf"},
-        {"config", "checks", "number_checks", "model_checks", "placement", "checkpoint", "resume"},
+        {"config", "checks", "number_checks", "model_checks", "placement", "checkpoint", "resume", "cpu"},
     ),
     "critic_calls": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
@@ -42,10 +42,10 @@ ALLOWED = {
     "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu"}),
     "plugin": (set(), {"hooks"}),
     "plan": ({"transformers"}, {"plan"}),
-    "export": ({"torch", "transformers", "verl"}, {"checkpoint", "critics"}),
+    "export": ({"torch", "transformers", "verl"}, {"checkpoint", "retention"}),
     "doctor": ({"ray", "verl"}, {"config"}),
     "__init__": (set(), set()),
-    "cpu": ({"torch", "psutil", "ray", "wrapt", "verl", "vllm"}, set()),
+    "cpu": ({"torch", "psutil", "ray", "wrapt", "verl", "vllm"}, {"cpu"}),
 }
 
 

@@ -47,8 +47,8 @@ def test_full_weights_inside_a_checkpoint_are_preferred(checkpoint, toy):
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("actor/model_world_size_2_rank_1.pt", "model_world_size_2_rank_1.pt is missing"),
-        ("actor/huggingface/config.json", "huggingface/config.json is missing"),
+        ("actor/model_world_size_2_rank_1.pt", "incomplete: model_world_size_2_rank_1.pt missing"),
+        ("actor/huggingface/config.json", "incomplete: huggingface/config.json missing"),
         ("actor/fsdp_config.json", "fsdp_config.json is missing"),
         ("actor", "actor does not exist"),
     ],
@@ -73,7 +73,7 @@ def test_a_folder_without_weights_is_refused(toy, tmp_path):
     with pytest.raises(ValueError, match="no weights"):
         locate(str(tmp_path / "actor"))
     (tmp_path / "actor/model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    with pytest.raises(ValueError, match=r"model-1.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"lacks model-1.safetensors, which model.safetensors.index.json lists"):
         locate(str(tmp_path / "actor"))
 
 

@@ -18,6 +18,7 @@ def write(run_dir, steps, checkpoint=None):
         "".join(json.dumps({"step": s, "data": {**line, "critic/score/mean": s / 10}}) + "\n" for s in steps)
     )
     if checkpoint is not None:
+        (run_dir / f"checkpoints/global_step_{checkpoint}").mkdir(exist_ok=True)
         (run_dir / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(checkpoint))
 
 

@@ -15,10 +15,7 @@ import torch
 import wrapt
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-
-def is_selected() -> bool:
-    """True if the environment asks verl for the CPU."""
-    return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+from asyppo_verl.cpu import is_selected
 
 
 def _resident_bytes(*_args: Any) -> int:

@@ -1,7 +1,8 @@
 """vLLM on a CPU whose weights can be replaced while it runs."""
 
-import os
 from typing import Any
+
+from asyppo_verl.cpu import is_selected
 
 
 def register() -> None:
@@ -10,7 +11,7 @@ def register() -> None:
     vLLM prepacks CPU weights once and drops or ignores the originals, so that the trainer's new weights would fail to
     load or, worse, be ignored in silence. Does nothing unless ``VERL_PLATFORM=cpu``.
     """
-    if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
+    if not is_selected():
         return
     import torch
     from vllm.model_executor.layers import utils

@@ -1,6 +1,5 @@
 """Where the weights are: a Hugging Face model, an FSDP checkpoint of verl, or the latest checkpoint of a run."""
 
-import json
 import os
 import re
 import shutil
@@ -11,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipe.asyppo.console import latest_checkpoint
+from asyppo_verl.checkpoint import check_model
+from asyppo_verl.retention import latest_step
+from asyppo_verl.weights import check_weights
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ def locate(target: str) -> Source:
         raise ValueError(f"{target} does not exist; give a Hugging Face model, a checkpoint folder or a run folder")
     folder = folder.resolve()
     if (folder / "config.json").exists():
-        return Source(str(_with_weights(folder)))
+        check_weights("model", folder)
+        return Source(str(folder))
     run = folder.parent if folder.name == "checkpoints" else folder
     if (run / "checkpoints").is_dir():
-        folder = run / "checkpoints" / f"global_step_{latest_checkpoint(run)}"
+        folder = run / "checkpoints" / f"global_step_{latest_step(run / 'checkpoints') or 0}"
     actor = folder if folder.name == "actor" else folder / "actor"
     if not actor.is_dir():
         raise ValueError(
@@ -73,36 +74,12 @@ def _on_the_hub(name: str) -> Source:
     return Source(name)
 
 
-def _with_weights(folder: Path) -> Path:
-    indexes = [folder / name for name in INDEXES if (folder / name).exists()]
-    expected = {name for index in indexes for name in json.loads(index.read_text())["weight_map"].values()}
-    missing = sorted(name for name in expected if not (folder / name).exists())
-    if missing:
-        raise ValueError(
-            f"{folder} is incomplete: {missing[0]} is missing ({len(missing)} of {len(expected)} weight files)"
-        )
-    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-        raise ValueError(f"{folder} has a config.json but no weights ({' or '.join(WEIGHTS)})")
-    return folder
-
-
 def _checkpoint(actor: Path) -> Source:
-    if (actor / "huggingface").is_dir() and any(
-        p for pattern in WEIGHTS for p in (actor / "huggingface").glob(pattern)
-    ):
-        return Source(str(_with_weights(actor / "huggingface")), checkpoint=actor.parent)
-    if (actor / "lora_train_meta.json").exists():
-        raise ValueError(f"{actor} is a LoRA checkpoint; merge the adapter into its model and evaluate that folder")
-    if not (actor / "fsdp_config.json").exists():
-        raise ValueError(f"{actor}/fsdp_config.json is missing: the checkpoint is incomplete, or not one of FSDP")
-    ranks = json.loads((actor / "fsdp_config.json").read_text())["world_size"]
-    expected = [f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)] + ["huggingface/config.json"]
-    missing = [name for name in expected if not (actor / name).exists()]
-    if missing:
-        raise ValueError(
-            f"{actor} is incomplete: {missing[0]} is missing ({len(missing)} of {len(expected)} files); wait until the "
-            "checkpoint is written, or gather the files of all nodes in one folder"
-        )
+    huggingface = actor / "huggingface"
+    if any(path for pattern in WEIGHTS for path in huggingface.glob(pattern)):
+        check_weights("model", huggingface)
+        return Source(str(huggingface), checkpoint=actor.parent)
+    check_model(actor)
     return Source(str(actor), checkpoint=actor.parent, is_sharded=True)
 
 

@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from asyppo_verl.retention import latest_step
+
 PROGRESS = re.compile(r"Training Progress:.*")
 REWARD = "critic/score/mean"
 SECONDS = "timing_s/step"
@@ -29,21 +31,16 @@ def setting(command: Sequence[str], key: str) -> str | None:
     return values[-1] if values else None
 
 
-def latest_checkpoint(run_dir: Path) -> int:
-    """Step of the last complete checkpoint, 0 if there is none; ends the program if the file that says so is damaged."""
-    tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
-    step = tracker.read_text().strip() if tracker.exists() else "0"
-    if not step.isdecimal():
-        raise SystemExit(f"{tracker} names no step: {step!r}; write that of the last whole checkpoint into it")
-    return int(step)
-
-
 def prepare(run_dir: Path, command: Sequence[str]) -> None:
     """Keep what an earlier run left: as history if this one resumes it, else moved to ``<run_dir>.<n>``."""
     merge_history(run_dir)
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists() or (run_dir / "checkpoints").exists():
-        step, last_step = latest_checkpoint(run_dir), setting(command, "trainer.total_training_steps")
+        try:
+            step = latest_step(run_dir / "checkpoints")
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        last_step = setting(command, "trainer.total_training_steps")
         resumes = step and last_step and step < int(last_step) and setting(command, "trainer.resume_mode") != "disable"
         if resumes:
             print(f"resuming {run_dir} after step {step}")
