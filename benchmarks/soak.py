@@ -9,6 +9,7 @@ Exit code 1 if something grows faster than ``--limit`` or is left. The last line
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -186,7 +187,7 @@ def main() -> None:
             {
                 "steps": completed(metrics),
                 "looks": len(steps),
-                "growth_per_100_steps": {name: round(slope, 2) for name, slope in slopes.items()},
+                "growth_per_100_steps": {n: None if math.isnan(x) else round(x, 2) for n, x in slopes.items()},
                 "grown": grown,
                 "left": left,
             }

@@ -133,9 +133,9 @@ def result(measured: dict[str, list[dict[str, float]]], generation: float) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2, help="runs of each algorithm")
-    parser.add_argument("--steps", type=int, default=8, help="steps a run")
+    parser.add_argument("--steps", type=int, default=6, help="steps a run")
     parser.add_argument("--skip", type=int, default=2, help="first steps of a run that do not count")
-    parser.add_argument("--length", type=int, default=256, help="longest response, tokens")
+    parser.add_argument("--length", type=int, default=96, help="longest response, tokens")
     parser.add_argument("overrides", nargs="*", help="verl overrides for all runs")
     arguments = parser.parse_args()
     if not 0 <= arguments.skip < arguments.steps:

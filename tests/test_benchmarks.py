@@ -6,25 +6,30 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def critic_cost(root) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("critic_cost", root / "benchmarks/critic_cost.py")
-    module = sys.modules["critic_cost"] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
+def benchmark(root: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, root / f"benchmarks/{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # a dataclass in it looks itself up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def critic_cost(root) -> ModuleType:
+    return benchmark(root, "critic_cost")
 
 
 CPU = ["--device", "cpu", "--cases", "2xtiny"]
 
 
-def last_line(root, *command: str) -> dict:
-    run = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=240)
+def last_line(root, *command: str, timeout: int = 240) -> dict:
+    run = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=timeout)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -148,3 +153,82 @@ def test_driver_overhead_runs_the_trainers_hooks(root):
     assert 24 * 2**22 < result["peak_gib"] * 2**30 < 500 * 2**22
     # A fifth of the response tokens, whose floor is off by at most one token.
     assert result["masked"] == pytest.approx([0.2, 0.2], abs=1e-6)
+
+
+# -- step_time -----------------------------------------------------------------------------------------------------
+
+
+def steps(**phases: list[float]) -> list[dict[str, float]]:
+    """Metrics of steps with these seconds."""
+    return [
+        {f"timing_s/{name}": value for name, value in zip(phases, step, strict=True)}
+        for step in zip(*phases.values(), strict=True)
+    ]
+
+
+def test_step_time_compares_medians(root):
+    step_time = benchmark(root, "step_time")
+    measured = {
+        "grpo": steps(step=[4.0, 5.0, 90.0], adv=[0.0, 0.0, 0.0]),
+        "ppo": steps(
+            step=[9.0, 10.0, 11.0], values=[1.0, 1.0, 1.0], adv=[0.5, 0.5, 0.5], update_critic=[3.0, 2.5, 3.5]
+        ),
+        "asyppo": steps(
+            step=[6.0, 6.0, 6.0], values=[0.5, 0.5, 0.5], adv=[0.1, 0.1, 0.1], update_critic=[1.2, 1.2, 1.2]
+        ),
+    }
+    result = step_time.result(measured, generation=5.0)
+    assert (result["ppo_over_grpo"], result["asyppo_over_grpo"]) == (2.0, 1.2)
+    assert result["asyppo_critic_over_ppo_critic"] == pytest.approx(1.8 / 4.5, abs=1e-3)
+    assert result["asyppo_over_grpo_with_generation"] == 1.1
+    lines = {line.split()[0]: line for line in step_time.table(measured).splitlines()}
+    assert "5.000 (4.00-90.00)" in lines["total"] and "x2.00" in lines["total"] and "x1.20" in lines["total"]
+    assert "4.500 (4.00-5.00)" in lines["critics"]
+
+
+def test_the_actor_of_step_time_is_eight_times_a_critic(root):
+    from recipe.asyppo.make_toy import build_model, build_tokenizer
+
+    step_time, tokenizer = benchmark(root, "step_time"), build_tokenizer()
+    actor, critic = (
+        sum(p.numel() for name, p in build_model(shape, tokenizer, 0).model.layers.named_parameters() if p.ndim == 2)
+        for shape in (step_time.ACTOR, step_time.CRITIC)
+    )
+    assert actor == 8 * critic
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(1200)
+def test_step_time_trains_with_all_four_algorithms(root):
+    result = last_line(
+        root,
+        "benchmarks/step_time.py",
+        *("--rounds", "1", "--steps", "2", "--skip", "1", "--length", "16"),
+        timeout=1100,
+    )
+    assert result["steps"] == {"grpo": 1, "ppo": 1, "ppo_small_critic": 1, "asyppo": 1}
+    assert all(value > 0 for value in result["seconds"].values())
+    assert result["critic_seconds"]["ppo"] > result["critic_seconds"]["grpo"]
+    assert {"asyppo_over_grpo", "ppo_over_grpo", "asyppo_critic_over_ppo_critic"} <= result.keys()
+
+
+# -- soak ----------------------------------------------------------------------------------------------------------
+
+
+def test_soak_tells_growth_from_a_start_that_is_slow(root):
+    soak = benchmark(root, "soak")
+    looks = list(range(1, 101))
+    assert soak.growth(looks, [100 + 0.5 * step for step in looks]) == pytest.approx(50)
+    assert soak.growth(looks, [min(100.0, 5.0 * step) for step in looks]) == pytest.approx(0)
+    assert soak.role(["ray::TaskRunner.run()"]) == "TaskRunner"
+    assert soak.role(["/x/python", "-m", "verl.trainer.main_ppo", "a=b"]) == "verl.trainer.main_ppo"
+    assert soak.role(["/x/raylet", "--y"]) == "raylet"
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_a_run_leaves_nothing_behind(root, toy):
+    """Processes, shared memory, sockets, temporary folders; growth cannot be judged in so few steps."""
+    result = last_line(root, "benchmarks/soak.py", *("--steps", "6", "--limit", "1e6", "--toy", str(toy)), timeout=500)
+    assert result["steps"] == 6 and result["left"] == {"processes": [], "shared_memory": [], "sockets_and_folders": []}
+    assert {"TaskRunner", "SimpleStorageUnit", "shared memory", "open files"} <= result["growth_per_100_steps"].keys()
