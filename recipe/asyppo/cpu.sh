@@ -42,6 +42,7 @@ if [ -z "${RAY_ADDRESS:-}" ]; then
     # Ray counts ranks in logical GPUs, of which it may believe in any number, and needs about a dozen logical CPUs for verl's helper actors.
     RAY_DIR=$(mktemp -d -t asyppo-ray-XXXXXX)
     trap 'rm -rf "$RAY_DIR"' EXIT
+    export TMPDIR=$RAY_DIR # vLLM and verl leave sockets and lock files behind in the temporary folder
     CPU+=(
         +ray_kwargs.ray_init.address=local
         +ray_kwargs.ray_init._temp_dir="$RAY_DIR"
