@@ -28,13 +28,21 @@ def check(steps: list[dict], updates: int, ahead: bool) -> None:
 OWN_SAMPLER = ["trainer.v1.sampler.custom_sampler.path=null", "trainer.v1.sampler.custom_sampler.name=null"]
 
 
-def test_colocate_async_trains(root, toy, tmp_path):
+COLOCATED: list[str] = []
+"""The default of ``asyppo.placement``; the others are those that the mode is tried with."""
+
+
+@pytest.mark.parametrize(
+    "placement", [COLOCATED, ["+asyppo.placement=split", "+asyppo.pool.n_gpus_per_node=2"]], ids=["colocated", "split"]
+)
+def test_colocate_async_trains(root, toy, tmp_path, placement):
     steps, _ = train(
         root,
         toy,
         tmp_path / "colocate",
         "trainer.v1.trainer_mode=colocate_async",
         *OWN_SAMPLER,
+        *placement,
         "trainer.total_training_steps=3",
         "trainer.save_freq=-1",
     )
@@ -42,7 +50,10 @@ def test_colocate_async_trains(root, toy, tmp_path):
     check(steps, updates=1, ahead=True)
 
 
-def test_separate_async_trains(root, toy, tmp_path):
+@pytest.mark.parametrize(
+    "placement", [COLOCATED, ["+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=1"]], ids=["colocated", "pool"]
+)
+def test_separate_async_trains(root, toy, tmp_path, placement):
     """The rollout is a process of its own, which gets its weights through a store."""
     steps, _ = train(
         root,
@@ -57,7 +68,8 @@ def test_separate_async_trains(root, toy, tmp_path):
         "actor_rollout_ref.rollout.n_gpus_per_node=1",
         "actor_rollout_ref.rollout.checkpoint_engine.backend=tcp_store",
         "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=asyppo_verl.cpu.weight_store",
-        "ray_kwargs.ray_init.num_gpus=2",
+        *placement,
+        f"ray_kwargs.ray_init.num_gpus={3 if placement else 2}",
         "trainer.total_training_steps=3",
         "trainer.save_freq=-1",
     )

@@ -18,6 +18,14 @@ RUN_DIR=$(realpath -m "${RUN_DIR:-$ROOT/runs/${NAME}_$ALGO}") # on several nodes
 DATA_DIR=$(realpath -m "${DATA_DIR:-$ROOT/data/asyppo}")      # written by python -m recipe.asyppo.prepare_data
 cd "$ROOT"
 
+case ${GPU_GB:-80} in
+    80 | 141) ;; # the sizes' scripts have plans for these
+    *)
+        echo "GPU_GB=$GPU_GB has no memory plan; set 80 or 141, and adapt with the variables of recipe/asyppo/run_qwen3.sh" >&2
+        exit 2
+        ;;
+esac
+
 NNODES=${NNODES:-1}
 N_GPUS=${N_GPUS:-8}
 # On several nodes a critic is sharded inside a node and replicated across them: it is small, and links are slower.
