@@ -2,7 +2,7 @@
 
 Trains with the CPU script and looks at every process of the run while it does: memory that is the process's own (USS), open
 files and sockets, and the pages of /dev/shm. Growth is a straight line through the second half of the run, in MiB per 100
-steps. At the end nothing of the run may be left: no process, no shared memory, no socket or folder in the temporary folder.
+steps. At the end nothing of the run may be left: no process, no shared memory, no socket, nothing in its temporary folder.
 
 Exit code 1 if something grows faster than ``--limit`` or is left. The last line is one JSON object.
 """
@@ -79,10 +79,10 @@ def shared_memory() -> set[str]:
 
 
 def sockets() -> set[str]:
-    """Unix sockets that have a path, anywhere, and what lies in the temporary folder."""
-    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
-    bound = {line.split()[7] for line in lines if len(line.split()) > 7}
-    return {name for name in bound if not name.startswith("@")} | set(os.listdir(tempfile.gettempdir()))
+    """Unix sockets that have a path: those in use, and the files of others in the temporary folder."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    in_use = {line[7] for line in lines if len(line) > 7 and not line[7].startswith("@")}
+    return in_use | {str(path) for path in Path(tempfile.gettempdir()).iterdir() if path.is_socket()}
 
 
 def completed(metrics: Path) -> int:
@@ -132,9 +132,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     shm_before, sockets_before = shared_memory(), sockets()
-    folder = Path(tempfile.mkdtemp(prefix="asyppo-soak-"))
+    folder, own_tmp = (Path(tempfile.mkdtemp(prefix=prefix)) for prefix in ("asyppo-soak-", "soak"))
     metrics = folder / "run/metrics.jsonl"
-    environment = {**os.environ, "RUN_DIR": str(folder / "run")}
+    environment = {**os.environ, "RUN_DIR": str(folder / "run"), "TMPDIR": str(own_tmp)}
     if arguments.toy:
         environment["TOY_DIR"] = str(arguments.toy)
     command = [
@@ -171,7 +171,8 @@ def main() -> None:
     left = {
         "processes": [" ".join(p.cmdline())[:100] for p in session(process.pid)],
         "shared_memory": sorted(shared_memory() - shm_before),
-        "sockets_and_folders": sorted(sockets() - sockets_before - {folder.name}),
+        "sockets": sorted(sockets() - sockets_before),
+        "temporary_files": sorted(str(path.relative_to(own_tmp)) for path in own_tmp.rglob("*")),
     }
     slopes = {name: growth(steps, values) for name, values in series.items()}
     print(f"{'':<32} {'first':>9} {'last':>9} {'per 100 steps':>14}")
@@ -193,7 +194,8 @@ def main() -> None:
             }
         )
     )
-    shutil.rmtree(folder)
+    for path in (folder, own_tmp):
+        shutil.rmtree(path)
     sys.exit(1 if grown or any(left.values()) else 0)
 
 

@@ -230,5 +230,6 @@ def test_soak_tells_growth_from_a_start_that_is_slow(root):
 def test_a_run_leaves_nothing_behind(root, toy):
     """Processes, shared memory, sockets, temporary folders; growth cannot be judged in so few steps."""
     result = last_line(root, "benchmarks/soak.py", *("--steps", "6", "--limit", "1e6", "--toy", str(toy)), timeout=500)
-    assert result["steps"] == 6 and result["left"] == {"processes": [], "shared_memory": [], "sockets_and_folders": []}
+    assert result["steps"] == 6
+    assert result["left"] == {"processes": [], "shared_memory": [], "sockets": [], "temporary_files": []}
     assert {"TaskRunner", "SimpleStorageUnit", "shared memory", "open files"} <= result["growth_per_100_steps"].keys()
