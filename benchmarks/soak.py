@@ -160,9 +160,13 @@ def main() -> None:
     if process.returncode:
         sys.exit(f"the run ended with {process.returncode}:\n{(folder / 'shown').read_text()[-4000:]}")
 
-    # The last looks may have met the end of the run, when processes were leaving.
-    last = next(index for index, step in enumerate(steps) if step >= arguments.steps or index == len(steps) - 1)
-    steps, looks = steps[: last + 1], looks[: last + 1]
+    # After the last step the run's processes leave.
+    during = [index for index, step in enumerate(steps) if step < arguments.steps]
+    steps, looks = [steps[index] for index in during], [looks[index] for index in during]
+    if not steps:
+        sys.exit(
+            f"no look fell between the first and the last of {arguments.steps} steps; raise --steps, or lower --every"
+        )
     names = sorted({name for seen in looks for name in seen})
     series = {name: [seen.get(name, 0.0) for seen in looks] for name in names}
     deadline = time.monotonic() + 30
