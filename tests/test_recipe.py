@@ -3,18 +3,21 @@
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
+from processes import of_session
 
 from asyppo_verl import preflight
 from asyppo_verl.config import AsyPPOConfig
@@ -274,6 +277,53 @@ def test_two_ray_nodes_under_slurm(root, toy, tmp_path):
     (step,) = steps_of(tmp_path / "nodes")
     assert step["asyppo/critic_0/responses"] + step["asyppo/critic_1/responses"] == 64
     assert step["asyppo/sigma/mean"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_ray_job_submit(root, toy, tmp_path):
+    """The script as a job of a running Ray cluster, which asks for a token; the node's environment names the platform."""
+    ray, ray_dir = [sys.executable, "-m", "ray.scripts.scripts"], Path(tempfile.mkdtemp(prefix="ray-"))
+    small = {key: value for key, value in SMALL.items() if key != "VERL_PLATFORM"}
+    job = environment(root, toy, **small, NNODES="1", RUN_DIR=str(tmp_path / "job"))
+    of_job = [f"{key}={value}" for key, value in job.items() if os.environ.get(key) != value]
+    node = {
+        **os.environ,
+        "VERL_PLATFORM": "cpu",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": f"{root}/asyppo_verl/cpu/startup",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    here, port, dashboard = "127.0.0.1", free_port(), free_port()
+    start = ["start", "--head", "--block", "--disable-usage-stats", f"--node-ip-address={here}", f"--port={port}"]
+    start += [f"--dashboard-host={here}", f"--dashboard-port={dashboard}", f"--temp-dir={ray_dir}"]
+    submit = ["job", "submit", f"--address=http://{here}:{dashboard}", "--", "env", *of_job]
+    with subprocess.Popen(
+        [*ray, *start, "--num-gpus=1", "--num-cpus=32"],
+        env=node,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as head:
+        try:
+            deadline = time.monotonic() + 60
+            while not answers(here, dashboard) and time.monotonic() < deadline:
+                time.sleep(0.5)
+            run = run_script([*ray, *submit, "bash", str(root / "scripts/run_asyppo_qwen3_4b.sh")], node)
+        finally:
+            head.terminate()
+            head.wait(60)
+            shutil.rmtree(ray_dir, ignore_errors=True)
+    assert "succeeded" in run.stdout
+    (step,) = steps_of(tmp_path / "job")
+    assert step["asyppo/sigma/mean"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
+    assert not of_session(head.pid)
+
+
+def answers(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 def free_port() -> int:
