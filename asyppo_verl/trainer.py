@@ -156,7 +156,8 @@ class AsyPPOMixin(_Base):
         """verl's GAE on the mean value, then the two selections by sigma."""
         with self._adv_estimator("gae"):
             batch = super()._compute_advantage(batch, metrics)
-        evaluation, self._evaluation = self._evaluation, None  # gigabytes that the actor's update has no use for
+        evaluation = self._evaluation
+        del self._evaluation  # gigabytes that the actor's update has no use for
         responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
         assert responses.keys == evaluation.keys, "the batch changed between values and advantages"
         is_response_N = responses["response_mask"].bool()
