@@ -104,16 +104,17 @@ def plot(steps: list[int], series: dict[str, list[float]], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (memory, files) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=[3, 1])
+    figure, (memory, files) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=[2, 1])
+    memory.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, values in sorted(series.items(), key=lambda item: -item[1][-1]):
         if name != DESCRIPTORS and max(values) >= 20:
             memory.plot(steps, values, label=name, linewidth=1.2)
     memory.set_ylabel("memory of its own, MiB")
-    memory.legend(fontsize=7, ncols=2)
+    memory.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     memory.set_yscale("log")
     files.plot(steps, series[DESCRIPTORS], color="black", linewidth=1.2)
     files.set_ylabel("open files and sockets, all processes")
-    files.set_ylim(bottom=0)
+    files.set_ylim(0, 1.1 * max(series[DESCRIPTORS]))
     for axis in (memory, files):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
