@@ -5,7 +5,8 @@ Trains with the CPU script, real verl, Ray and FSDP2, an actor with eight times 
 * ``grpo``: no critic;
 * ``ppo``: verl's PPO, its critic of the actor's size;
 * ``ppo_small_critic``: verl's PPO, its critic of a mini-critic's size;
-* ``asyppo``: two mini-critics.
+* ``asyppo``: two mini-critics;
+* on request, ``asyppo_pool``: the same with a rank of their own, at work while the actor is.
 
 A first run samples the responses, and every other one replays them (verl's ``skip.rollout_tq``), so that all train on the
 same tokens. A step's total is therefore one without generation, of which critics would be a smaller share. The algorithms
@@ -32,6 +33,7 @@ PHASES = ["old_log_prob", "values", "adv", "update_critic", "update_actor", "ste
 CRITIC_PHASES = ["values", "adv", "update_critic"]
 """What is there for the critics' sake; ``adv`` holds GAE, and for AsyPPO the selections, masks and metrics."""
 
+DEFAULT = ["grpo", "ppo", "ppo_small_critic", "asyppo"]
 PROMPTS, RESPONSES = 16, 4
 
 
@@ -65,6 +67,11 @@ def algorithms(folder: Path) -> dict[str, list[str]]:
         "ppo": ["algorithm.adv_estimator=gae", f"critic.model.path={folder}/actor"],
         "ppo_small_critic": ["algorithm.adv_estimator=gae"],
         "asyppo": ["algorithm.adv_estimator=asyppo"],
+        "asyppo_pool": [
+            "algorithm.adv_estimator=asyppo",
+            "+asyppo.placement=pool",
+            "+asyppo.pool.n_gpus_per_node=1",
+        ],
     }
 
 
@@ -95,7 +102,7 @@ def seconds(step: dict[str, float], phase: str) -> float:
 
 
 def table(measured: dict[str, list[dict[str, float]]]) -> str:
-    """Median, lowest and highest seconds of every phase, and the ratio to GRPO's."""
+    """Median, lowest and highest seconds of every phase, and the ratio to the first algorithm's."""
     lines = [f"{'phase':<14}" + "".join(f"{name:>31}" for name in measured)]
     for phase in [*PHASES, "critics"]:
         parts = CRITIC_PHASES if phase == "critics" else [phase]
@@ -111,18 +118,24 @@ def table(measured: dict[str, list[dict[str, float]]]) -> str:
 
 
 def result(measured: dict[str, list[dict[str, float]]], generation: float) -> dict[str, object]:
-    """The ratios of medians that the goals are about."""
+    """Ratios of medians, those of the goals among them, as far as the algorithms were run."""
     total = {name: statistics.median(seconds(s, "step") for s in steps) for name, steps in measured.items()}
     critics = {
         name: statistics.median(sum(seconds(s, phase) for phase in CRITIC_PHASES) for s in steps)
         for name, steps in measured.items()
     }
-    over_grpo = {f"{name}_over_grpo": round(total[name] / total["grpo"], 3) for name in measured if name != "grpo"}
-    sampled = round((total["asyppo"] + generation) / (total["grpo"] + generation), 3)
+    found: dict[str, object] = {}
+    if "grpo" in measured:
+        found |= {f"{name}_over_grpo": round(total[name] / total["grpo"], 3) for name in measured if name != "grpo"}
+    if {"asyppo", "ppo"} <= measured.keys():
+        found["asyppo_critic_over_ppo_critic"] = round(critics["asyppo"] / critics["ppo"], 3)
+    if {"asyppo", "grpo"} <= measured.keys():
+        sampled = (total["asyppo"] + generation) / (total["grpo"] + generation)
+        found["asyppo_over_grpo_with_generation"] = round(sampled, 3)
+    if {"asyppo_pool", "asyppo"} <= measured.keys():
+        found["asyppo_pool_over_asyppo"] = round(total["asyppo_pool"] / total["asyppo"], 3)
     return {
-        **over_grpo,
-        "asyppo_critic_over_ppo_critic": round(critics["asyppo"] / critics["ppo"], 3),
-        "asyppo_over_grpo_with_generation": sampled,
+        **found,
         "seconds": {name: round(value, 3) for name, value in total.items()},
         "critic_seconds": {name: round(value, 3) for name, value in critics.items()},
         "generation_seconds": round(generation, 3),
@@ -136,6 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps a run")
     parser.add_argument("--skip", type=int, default=2, help="first steps of a run that do not count")
     parser.add_argument("--length", type=int, default=96, help="longest response, tokens")
+    parser.add_argument("--only", nargs="+", choices=list(algorithms(ROOT)), default=DEFAULT, help="which algorithms")
     parser.add_argument("overrides", nargs="*", help="verl overrides for all runs")
     arguments = parser.parse_args()
     if not 0 <= arguments.skip < arguments.steps:
@@ -145,8 +159,9 @@ def main() -> None:
         folder = Path(name)
         make_task(folder)
         shared = [*settings(folder, arguments.steps, arguments.length), *arguments.overrides]
-        chosen = algorithms(folder)
-        recorded = train(folder, "recording", [*shared, *chosen["grpo"]])[arguments.skip :]
+        known = algorithms(folder)
+        chosen = {name: known[name] for name in arguments.only}
+        recorded = train(folder, "recording", [*shared, *known["grpo"]])[arguments.skip :]
         generation = statistics.median(seconds(step, "gen") for step in recorded)
         length = statistics.mean(step["response_length/mean"] for step in recorded)
         print(f"recorded {PROMPTS * RESPONSES} responses a step of {length:.0f} tokens, {generation:.1f} s", flush=True)
