@@ -10,7 +10,6 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from asyppo_verl import cpu
 from asyppo_verl.checkpoint import critic_folders
 from asyppo_verl.checks import check_against_verl, notices
 from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
@@ -105,7 +104,6 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     check_verl_version()
     asyppo = read_config(config)
     check_against_verl(config, asyppo)
-    _check_platform(config)
     _check_critics(config, asyppo)
     for notice in notices(config, asyppo):
         logger.warning(notice)
@@ -121,13 +119,6 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     names = [name for name in modules.split(",") if name and name != PLUGIN_MODULE]
     OmegaConf.update(config, key, ",".join([*names, PLUGIN_MODULE]), force_add=True)
     return asyppo
-
-
-def _check_platform(config: DictConfig) -> None:
-    for key in ("actor_rollout_ref.actor.strategy", "critic.strategy"):
-        strategy = OmegaConf.select(config, key)
-        if cpu.is_selected() and strategy == "fsdp":
-            raise ValueError(f"{key}='fsdp': torch's FSDP1 does not start on a CPU (VERL_PLATFORM=cpu); set fsdp2")
 
 
 def _check_sequence_parallel(size: int, models: list[DictConfig]) -> None:

@@ -29,7 +29,7 @@ ALLOWED = {
     "critics": ({"torch", "tensordict", "omegaconf", "verl"}, {"value_model", "checkpoint"}),
     "preflight": (
         {"omegaconf"},
-        {"config", "checks", "number_checks", "model_checks", "placement", "checkpoint", "resume", "cpu"},
+        {"config", "checks", "number_checks", "model_checks", "placement", "checkpoint", "resume"},
     ),
     "critic_calls": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},

@@ -46,7 +46,6 @@ REFUSED = [
     ("trainer.v1.trainer_mode=synch", ["trainer.v1.trainer_mode='synch'", "did you mean sync?"]),
     ("critic.enable=False", ["critic.enable=False", "adv_estimator=grpo"]),
     ("critic.strategy=megatron", ["critic.strategy='megatron'", "fsdp2"]),
-    ("critic.strategy=fsdp", ["critic.strategy='fsdp'", "VERL_PLATFORM=cpu", "set fsdp2"]),
     ("distillation.enabled=True", ["distillation.enabled=True", "disable it"]),
     ("critic.model.lora_rank=8", ["critic.model.lora_rank=8", "lora_rank=0"]),
     ("actor_rollout_ref.actor.policy_loss.loss_mode=dro", ["loss_mode='dro'", "another loss_mode"]),

@@ -81,6 +81,29 @@ def test_separate_async_trains(root, toy, tmp_path, placement):
         assert step["training/rollout_probs_diff_max"] < 1e-4 and abs(step["actor/ppo_kl"]) > 1e-6
 
 
+def test_fsdp1_trains(root, toy, tmp_path):
+    """Actor and critics under verl's older strategy, with a checkpoint at the end."""
+    steps, _ = train(
+        root,
+        toy,
+        tmp_path / "fsdp1",
+        "actor_rollout_ref.actor.strategy=fsdp",
+        "critic.strategy=fsdp",
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=2",
+    )
+    assert len(steps) == 2
+    check(steps, updates=1, ahead=False)
+    # The second step's rollout has the weights of the first one's updates, which moved the policy.
+    assert (
+        all(step["training/rollout_probs_diff_max"] < 1e-4 for step in steps) and abs(steps[0]["actor/ppo_kl"]) > 1e-3
+    )
+    saved = {
+        path.parent.name for path in (tmp_path / "fsdp1/checkpoints/global_step_2").rglob("model_world_size_1_*.pt")
+    }
+    assert saved == {"actor", "critic_0", "critic_1"}
+
+
 def test_two_turns_train(root, toy, tmp_path):
     """16 prompts x 4 sessions of two turns of 2 tokens, with 3 tokens of the environment between them."""
     (tmp_path / "loops.yaml").write_text("- name: two_turns\n  _target_: two_turns.TwoTurns\n")

