@@ -105,7 +105,7 @@ def plot(steps: list[int], series: dict[str, list[float]], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (memory, files) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=[2, 1])
-    memory.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    memory.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))
     for name, values in sorted(series.items(), key=lambda item: -item[1][-1]):
         if name != DESCRIPTORS and max(values) >= 20:
             memory.plot(steps, values, label=name, linewidth=1.2)
