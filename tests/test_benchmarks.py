@@ -232,4 +232,4 @@ def test_a_run_leaves_nothing_behind(root, toy):
     result = last_line(root, "benchmarks/soak.py", *("--steps", "6", "--limit", "1e6", "--toy", str(toy)), timeout=500)
     assert result["steps"] == 6
     assert result["left"] == {"processes": [], "shared_memory": [], "sockets": [], "temporary_files": []}
-    assert {"TaskRunner", "SimpleStorageUnit", "shared memory", "open files"} <= result["growth_per_100_steps"].keys()
+    assert {"TaskRunnerV1", "WorkerDict", "SimpleStorageUnit", "open files"} <= result["growth_per_100_steps"].keys()
