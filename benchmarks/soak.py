@@ -154,16 +154,13 @@ def main() -> None:
         )
     while process.poll() is None:
         step = completed(metrics)
-        if step:
+        if 0 < step < arguments.steps:  # after the last step the run's processes leave
             looks.append(look(process.pid, shm_before))
             steps.append(step)
         time.sleep(arguments.every)
     if process.returncode:
         sys.exit(f"the run ended with {process.returncode}:\n{(folder / 'shown').read_text()[-4000:]}")
 
-    # After the last step the run's processes leave.
-    during = [index for index, step in enumerate(steps) if step < arguments.steps]
-    steps, looks = [steps[index] for index in during], [looks[index] for index in during]
     if not steps:
         sys.exit(
             f"no look fell between the first and the last of {arguments.steps} steps; raise --steps, or lower --every"

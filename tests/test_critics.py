@@ -317,21 +317,21 @@ def test_fsdp1_computes_what_fsdp2_does(pair, first_generation):
 
 @pytest.mark.parametrize("strategy", ["pair", "first_generation"])
 def test_checkpoints_restore_weights_optimizer_and_schedule(request, strategy, tmp_path):
-    pair = request.getfixturevalue(strategy)
-    pair.reset()
+    group = request.getfixturevalue(strategy)
+    group.reset()
     data = batch(20)
     for index in range(2):
-        train(pair, index, data)
-    saved = pair.weights()[0]
-    pair.save_checkpoint(str(tmp_path), None, 1, None)
+        train(group, index, data)
+    saved = group.weights()[0]
+    group.save_checkpoint(str(tmp_path), None, 1, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["critic_0", "critic_1"]
     after_more = []
     for _ in range(2):
         for index in range(2):
-            train(pair, index, data)
-        after_more.append(pair.weights()[0])
-        pair.load_checkpoint(str(tmp_path))
-        assert all(same(a, b) for a, b in zip(saved, pair.weights()[0], strict=True))
+            train(group, index, data)
+        after_more.append(group.weights()[0])
+        group.load_checkpoint(str(tmp_path))
+        assert all(same(a, b) for a, b in zip(saved, group.weights()[0], strict=True))
     # The same step after loading gives the same weights only if Adam's moments came back too.
     assert all(same(a, b) for a, b in zip(*after_more, strict=True))
 
