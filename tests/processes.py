@@ -1,5 +1,6 @@
 """Processes that a test started, found again by the session that they belong to."""
 
+import time
 from pathlib import Path
 
 
@@ -18,3 +19,11 @@ def of_session(session: int) -> dict[int, str]:
         if int(sid) == session and state != "Z":
             found[int(folder.name)] = command
     return found
+
+
+def wait_until_all_are_gone(session: int, seconds: float = 60) -> None:
+    """Let what has been told to end do so, such as the helpers of Ray's dashboard, which look after their parent now and then."""
+    deadline = time.monotonic() + seconds
+    while (left := of_session(session)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, f"still running: {left}"

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
-from processes import of_session
+from processes import wait_until_all_are_gone
 
 from asyppo_verl import preflight
 from asyppo_verl.config import AsyPPOConfig
@@ -318,7 +318,7 @@ def test_ray_job_submit(root, toy, tmp_path):
     assert "succeeded" in run.stdout
     (step,) = steps_of(tmp_path / "job")
     assert step["asyppo/sigma/mean"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
-    assert not of_session(head.pid)
+    wait_until_all_are_gone(head.pid)
 
 
 def answers(host: str, port: int) -> bool:

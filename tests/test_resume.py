@@ -9,13 +9,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from processes import of_session
+from processes import wait_until_all_are_gone
 from replay import Replay, probed, settings
 from rollouts import STEPS
 from test_bad_input import cut, driver
@@ -51,13 +50,6 @@ def start(root: Path, task: Path, run_dir: Path, tmp: str, kill: str = "") -> su
         )
     (run_dir / "probe" / "group").write_text(str(process.pid))
     return process
-
-
-def wait_until_all_are_gone(session: int, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while (left := of_session(session)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left, f"still running: {left}"
 
 
 def last_whole(run_dir: Path) -> int:
