@@ -3,6 +3,7 @@
 Every call is started and finished apart, so that critics with GPUs of their own can work while the actor does.
 """
 
+import math
 from typing import Any
 
 import ray
@@ -44,7 +45,7 @@ class CriticCalls:
             actor_ranks: how many those are.
         """
         # Where the critics have as many ranks as the actor, its order is balanced for them too.
-        keys = batch.keys if self._data_parallel == actor_ranks else self._balanced(batch, batch.keys, len(batch))
+        keys = batch.keys if self._data_parallel == actor_ranks else self._balanced(batch, [batch.keys])
         call = batch_io.select(
             batch,
             keys,
@@ -59,11 +60,11 @@ class CriticCalls:
         evaluation, self._evaluation = self._evaluation, None
         ray.get(evaluation.futures)
 
-    def start_update(self, batch: KVBatchMeta, shards: list[list[str]]) -> None:
+    def start_update(self, batch: KVBatchMeta, shards: list[list[str]], actor_ranks: int) -> None:
         """Train each mini-critic on its shard; one without responses in this batch sits the step out. Returns at once."""
         for index, shard in enumerate(shards):
             if shard:
-                call = self._training_call(batch, index, shard)
+                call = self._training_call(batch, index, shard, actor_ranks)
                 self._updates[index] = self._groups[index].train_mini_batch(call)
 
     def finish_update(self) -> dict[str, Any]:
@@ -80,11 +81,11 @@ class CriticCalls:
         shared["perf/mfu/critic"] = shared.pop("critic/mfu")
         return {**metrics, **reduce_metrics(shared)}
 
-    def _training_call(self, batch: KVBatchMeta, index: int, shard: list[str]) -> KVBatchMeta:
+    def _training_call(self, batch: KVBatchMeta, index: int, shard: list[str], actor_ranks: int) -> KVBatchMeta:
         critic, mini_batch_size = self._config.critic, shard_mini_batch_size(self._config, self._asyppo)
         return batch_io.select(
             batch,
-            self._training_keys(batch, shard, mini_batch_size),
+            self._training_keys(batch, shard, mini_batch_size, actor_ranks),
             [*batch_io.TRAINING_FIELDS, value_field(index)],
             **{
                 CRITIC_ID: index,
@@ -97,17 +98,25 @@ class CriticCalls:
             },
         )
 
-    def _training_keys(self, batch: KVBatchMeta, shard: list[str], mini_batch_size: int) -> list[str]:
+    def _training_keys(self, batch: KVBatchMeta, shard: list[str], mini_batch_size: int, actor_ranks: int) -> list[str]:
         """The rows of one training call in the order in which verl cuts them into ranks and mini-batches."""
-        if self._asyppo.num_shards == 1:
+        if self._asyppo.num_shards > 1:
+            padding = batch_io.padding_keys(batch)[: -len(shard) % mini_batch_size]
+            steps = layout.mini_batches(layout.spread(shard, padding), mini_batch_size)
+        elif self._data_parallel == actor_ranks:
             return batch.keys
-        padding = batch_io.padding_keys(batch)[: -len(shard) % mini_batch_size]
-        return self._balanced(batch, [*shard, *padding], len(shard))
+        else:
+            # The steps of a critic on the actor's ranks, if their number divides a step.
+            steps = layout.mini_batches(batch.keys, mini_batch_size, ranks=math.gcd(actor_ranks, mini_batch_size))
+        return self._balanced(batch, steps)
 
-    def _balanced(self, batch: KVBatchMeta, keys: list[str], num_responses: int) -> list[str]:
-        """The keys in an order in which each of the critics' ranks gets the same amount of work."""
+    def _balanced(self, batch: KVBatchMeta, steps: list[list[str]]) -> list[str]:
+        """The keys of some steps in an order in which the critics' ranks share the work of each step evenly."""
         length_of = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
-        lengths = torch.tensor([length_of[key] for key in keys], dtype=torch.int64)
-        workload = calculate_workload(lengths).tolist()
-        parts = get_seqlen_balanced_partitions(workload, k_partitions=self._data_parallel, equal_size=True)
-        return [keys[i] for i in layout.training_order(num_responses, parts)]
+        parts = []
+        for keys in steps:
+            lengths = torch.tensor([length_of[key] for key in keys], dtype=torch.int64)
+            workload = calculate_workload(lengths).tolist()
+            dealt = get_seqlen_balanced_partitions(workload, k_partitions=self._data_parallel, equal_size=True)
+            parts.append([[keys[i] for i in sorted(part)] for part in dealt])
+        return layout.rank_major(parts)

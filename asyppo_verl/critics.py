@@ -16,7 +16,7 @@ from verl.trainer.ppo.utils import Role
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name, get_nccl_backend
-from verl.utils.profiler import DistProfiler, DistProfilerExtension
+from verl.utils.profiler import DistProfilerExtension
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
@@ -132,12 +132,15 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
 
     def __init__(self, config: Any = None) -> None:
         Worker.__init__(self)
-        DistProfilerExtension.__init__(self, DistProfiler(rank=self.rank, config=None, tool_config=None))
         value_model.install(verl.utils.model)
         is_split = self.shares > 1
         held = [_join_share(self.rank, self.world_size, self.shares)] if is_split else range(len(self.specs))
         self.critics = {index: TrainingWorker(self.specs[index].worker) for index in held}
         self.set_dispatch_collect(mesh_name=MESH, **self.critics[held[0]].get_dispatch_collect())
+        # A process has one profiler: what verl starts and stops is what the critics' own steps are noted in.
+        DistProfilerExtension.__init__(self, self.critics[held[0]].profiler)
+        for critic in self.critics.values():
+            critic.profiler = self.profiler
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:

@@ -1,10 +1,14 @@
 """Which rows a mini-critic's training call gets, and in which order: whole numbers only.
 
 A training call needs as many rows as whole mini-batches have. Padding rows, which carry no response token, fill the gap;
-no response is dropped or used twice, and critics may share padding rows.
+no response is dropped or used twice, and critics may share padding rows. Which rows an optimizer step sees does not depend on
+the number of ranks.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def incomplete_groups(sessions: Iterable[tuple[str, str]], responses_per_prompt: int) -> int:
@@ -20,8 +24,8 @@ def padding_needed(shard_sizes: Iterable[int], mini_batch: int) -> int:
     return max(-size % mini_batch for size in shard_sizes)
 
 
-def spread(responses: Sequence[int], padding: Sequence[int]) -> list[int]:
-    """One rank's rows in training order: responses as they came, padding rows at even distances between them.
+def spread(responses: Sequence[T], padding: Sequence[T]) -> list[T]:
+    """A training call's rows in order: responses as they came, padding rows at even distances between them.
 
     Consecutive mini-batches then hold nearly the same number of responses, so that no optimizer step rests on a few.
     """
@@ -34,9 +38,16 @@ def spread(responses: Sequence[int], padding: Sequence[int]) -> list[int]:
     return rows
 
 
-def training_order(num_responses: int, rank_parts: Iterable[Sequence[int]]) -> list[int]:
-    """Join the ranks' parts of a training call; indices from ``num_responses`` on are padding rows."""
-    order: list[int] = []
-    for part in map(sorted, rank_parts):
-        order += spread([i for i in part if i < num_responses], [i for i in part if i >= num_responses])
-    return order
+def mini_batches(rows: Sequence[T], mini_batch: int, *, ranks: int = 1) -> list[list[T]]:
+    """What verl trains on together: each rank has an equal run of the rows, and gives an equal run of that to every step."""
+    share, part = len(rows) // ranks, mini_batch // ranks
+    assert share * ranks == len(rows) and part * ranks == mini_batch and share % part == 0
+    return [
+        [row for rank in range(ranks) for row in rows[rank * share + start : rank * share + start + part]]
+        for start in range(0, share, part)
+    ]
+
+
+def rank_major(parts: Sequence[Sequence[Sequence[T]]]) -> list[T]:
+    """The order of rows that :func:`mini_batches` cuts into given ones; ``parts[i][r]`` is what rank r has of the i-th."""
+    return [row for of_rank in zip(*parts, strict=True) for part in of_rank for row in part]

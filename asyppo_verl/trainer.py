@@ -214,7 +214,7 @@ class AsyPPOMixin(_Base):
 
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Each mini-critic trains on its shard, beside the actor if it has GPUs of its own."""
-        self._critics.start_update(batch, self._shards(batch))
+        self._critics.start_update(batch, self._shards(batch), self._actor_ranks)
         if not self.asyppo.critics_are_apart:
             metrics.update(self._critics.finish_update())
         return batch

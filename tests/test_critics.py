@@ -1,5 +1,6 @@
 """The mini-critic worker on real Ray ranks with FSDP2: seeds, isolation, checkpoints, batching (law 6)."""
 
+import gzip
 import sys
 import tempfile
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import ray
 import torch
 from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray import (
     RayClassWithInitArgs,
@@ -20,6 +22,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import value_loss
 
 from asyppo_verl.checkpoint import check_checkpoint
+from asyppo_verl.critic_calls import CriticCalls
 from asyppo_verl.critics import (
     CRITIC_ID,
     MiniCriticEnsembleWorker,
@@ -268,6 +271,29 @@ def test_law_6_the_gradient_does_not_depend_on_how_the_shard_is_cut(pair, single
         assert same(weights, expected, rtol=1e-3, atol=1e-4), case
 
 
+@pytest.mark.parametrize("num_critics", [1, 2])
+def test_the_number_of_ranks_changes_an_update_by_the_order_of_summation_only(pair, single, compose, num_critics):
+    """Three optimizer steps of one critic on rows of any length, put in order by the driver for one rank and for two."""
+    data, steps, mini_batch = batch(24), 3, 8
+    keys = [f"{row:02}_0_0" for row in range(24)]
+    tags = [{"seq_len": int(length)} for length in data["input_ids"].offsets().diff()]
+    meta = KVBatchMeta(partition_id="train", keys=keys, tags=tags)
+    reached = {}
+    for group in (pair, single):
+        group.reset()
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=128)
+        config = compose(f"trainer.n_gpus_per_node={group.world_size}", f"+asyppo.num_critics={num_critics}")
+        calls = CriticCalls(group, config, read_config(config))
+        order = [keys.index(key) for key in calls._training_keys(meta, keys, mini_batch, actor_ranks=2)]
+        call = tu.index_select_tensor_dict(data, torch.tensor(order))
+        tu.assign_non_tensor(call, temperature=1.0, compute_loss=False)
+        norms = train(group, 0, call, mini_batch=mini_batch)["grad_norm"]
+        reached[group.world_size] = order, norms, group.weights()[0][0]
+    assert len(norms) == steps and reached[1][0] != reached[2][0]
+    assert reached[1][1] == pytest.approx(reached[2][1], rel=1e-4)
+    assert same(reached[1][2], reached[2][2], rtol=1e-3, atol=1e-4)
+
+
 def test_law_6_rows_without_response_tokens_change_nothing(single):
     data = batch(20)
     real = [row for row in range(20) if row % 5 != 4]
@@ -411,6 +437,20 @@ def test_an_incomplete_or_foreign_checkpoint_is_refused_by_name(tmp_path, folder
     with pytest.raises(ValueError, match=message) as caught:
         check_checkpoint(str(tmp_path), 2)
     assert str(tmp_path) in str(caught.value) and "num_critics=2" in str(caught.value)
+
+
+def test_critics_are_profiled_as_verl_profiles_its_critic(cluster, compose, tmp_path):
+    """What verl starts on the worker group notes the steps of the critic that trains."""
+    profiler = [f"critic.profiler.{setting}" for setting in ("enable=True", "tool=torch", f"save_path={tmp_path}")]
+    group = start(compose, 1, *profiler, "critic.profiler.tool_config.torch.contents=[cpu]")
+    group.start_profile(profile_step=1)
+    for index in range(2):
+        train(group, index, batch(4))
+    group.stop_profile()
+    ray.kill(group.workers[0])
+    (trace,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    text = (gzip.open if trace.suffix == ".gz" else open)(trace, "rt").read()
+    assert "train_batch" in text and text.count('"mini_batch0"') >= 2
 
 
 def test_the_critics_own_batching_keys_reach_the_engine(compose):

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyppo_verl.layout import incomplete_groups, padding_needed, spread, training_order
+from asyppo_verl.layout import incomplete_groups, mini_batches, padding_needed, rank_major, spread
 
 
 def test_padding_by_hand():
@@ -18,9 +18,16 @@ def test_incomplete_groups_by_hand():
     assert incomplete_groups(sessions, 2) == 1 and incomplete_groups(sessions, 1) == 0 and incomplete_groups([], 2) == 0
 
 
-def test_training_order_by_hand():
-    # Two ranks; rows 0 to 4 are responses, 5 to 7 padding.
-    assert training_order(5, [[4, 0, 2, 6], [1, 5, 3, 7]]) == [0, 2, 4, 6, 1, 5, 3, 7]
+def test_mini_batches_by_hand():
+    rows = [0, 1, 2, 3, 4, 5, 6, 7]
+    assert mini_batches(rows, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    # Each of two ranks has four rows and gives two of them to every step.
+    assert mini_batches(rows, 4, ranks=2) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_rank_major_by_hand():
+    # Two steps of two ranks.
+    assert rank_major([[[7, 1], [4, 2]], [[3, 0], [6, 5]]]) == [7, 1, 3, 0, 4, 2, 6, 5]
 
 
 def test_spread_by_hand():
@@ -39,24 +46,9 @@ def test_every_mini_batch_holds_a_response_and_nothing_is_lost(responses, mini_b
     assert min(held) >= 1 and max(held) - min(held) <= 1
 
 
-@given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=8),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.randoms(use_true_random=False),
-)
-def test_ranks_run_the_same_number_of_steps_and_every_step_has_a_response(sizes, ranks, per_rank, rng):
-    """Any shard sizes, ranks and mini-batches: whatever rank a row goes to, no step rests on padding alone."""
-    mini_batch = ranks * per_rank
-    available = padding_needed(sizes, mini_batch)
-    for size in filter(None, sizes):
-        padding = -size % mini_batch
-        assert padding <= available
-        rows = rng.sample(range(size + padding), size + padding)
-        length = len(rows) // ranks
-        order = training_order(size, [rows[r * length : (r + 1) * length] for r in range(ranks)])
-        assert sorted(order) == list(range(size + padding))
-        by_rank = [order[r * length : (r + 1) * length] for r in range(ranks)]
-        for step in range(length // per_rank):
-            together = [row for rank in by_rank for row in rank[step * per_rank : (step + 1) * per_rank]]
-            assert any(row < size for row in together)
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_verl_cuts_rank_major_rows_into_the_steps_they_were_made_of(steps, ranks, per_rank, rng):
+    rows = rng.sample(range(1000), steps * ranks * per_rank)
+    made = mini_batches(rows, ranks * per_rank)
+    parts = [[step[rank * per_rank : (rank + 1) * per_rank] for rank in range(ranks)] for step in made]
+    assert mini_batches(rank_major(parts), ranks * per_rank, ranks=ranks) == made

@@ -13,7 +13,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage, keep_entropy
 from asyppo_verl.batch_io import Responses
-from asyppo_verl.layout import padding_needed, training_order
+from asyppo_verl.layout import mini_batches, padding_needed, rank_major, spread
 
 critics = st.integers(1, 8)
 ranks = st.integers(1, 8)
@@ -33,11 +33,11 @@ def optimizer_steps(rows: list[int], num_ranks: int, mini_batch: int) -> list[li
 
 
 @settings(max_examples=300)
-@given(groups, critics, ranks, st.integers(1, 5), st.sampled_from(["group", "prompt"]), randoms)
-def test_every_response_trains_one_critic_once_and_every_step_has_responses(
-    lengths, num_critics, num_ranks, part, shard, rng
+@given(groups, critics, ranks, ranks, st.sampled_from(["group", "prompt"]), randoms)
+def test_every_response_trains_one_critic_once_whatever_the_ranks(
+    lengths, num_critics, num_ranks, other_ranks, shard, rng
 ):
-    mini_batch = num_ranks * part
+    mini_batch = math.lcm(num_ranks, other_ranks)
     rows = [(f"group-{g}", str(s)) for g, group in enumerate(lengths) for s in range(len(group))]
     length_of = {(f"group-{g}", str(s)): length for g, group in enumerate(lengths) for s, length in enumerate(group)}
     rows = rng.sample(rows, len(rows))
@@ -48,17 +48,30 @@ def test_every_response_trains_one_critic_once_and_every_step_has_responses(
     for own in filter(None, shards):
         padding = -len(own) % mini_batch
         assert padding <= available, "the batch has too few padding rows"
-        seq_lens = torch.tensor([8 + length_of[row] for row in own] + [128] * padding)
-        parts = get_seqlen_balanced_partitions(
-            calculate_workload(seq_lens).tolist(), k_partitions=num_ranks, equal_size=True
-        )
-        steps = optimizer_steps(training_order(len(own), parts), num_ranks, mini_batch)
+        seq_lens = [8 + length_of[row] for row in own] + [128] * padding
+        found = [
+            optimizer_steps(dealt(len(own), padding, seq_lens, mini_batch, count), count, mini_batch)
+            for count in (num_ranks, other_ranks)
+        ]
+        assert [sorted(step) for step in found[0]] == [sorted(step) for step in found[1]], "the ranks change the steps"
+        steps = found[0]
         assert sorted(row for step in steps for row in step) == list(range(len(own) + padding))
         held = [sum(row < len(own) for row in step) for step in steps]
         assert min(held) >= 1, "an optimizer step on padding alone"
-        assert max(held) - min(held) <= num_ranks, "padding piles up in some steps"
+        assert max(held) - min(held) <= 1, "padding piles up in some steps"
         trained.update(own[row] for step in steps for row in step if row < len(own))
     assert trained == Counter(rows)
+
+
+def dealt(responses: int, padding: int, seq_lens: list[int], mini_batch: int, num_ranks: int) -> list[int]:
+    """Rows of a training call, each mini-batch balanced over the ranks as verl balances."""
+    rows = spread(range(responses), range(responses, responses + padding))
+    parts = []
+    for step in mini_batches(rows, mini_batch):
+        workload = calculate_workload(torch.tensor([seq_lens[row] for row in step])).tolist()
+        cut = get_seqlen_balanced_partitions(workload, k_partitions=num_ranks, equal_size=True)
+        parts.append([[step[i] for i in sorted(part)] for part in cut])
+    return rank_major(parts)
 
 
 @st.composite
