@@ -49,9 +49,28 @@ def remove_old(root: Path, step: int, keep: Mapping[str, int | None]) -> None:
             shutil.rmtree(path)
 
 
+def step_back(root: Path, step: int) -> None:
+    """Let the tracker name a checkpoint before ``step``, which is about to be written, if it names that one or a later one.
+
+    Those belong to a run that this one branched off from. Were this run killed while it writes over one of them, the next
+    start would else take what is there for whole, or go on with the other run.
+    """
+    tracker = root / TRACKER
+    named = tracker.read_text().strip() if tracker.exists() else ""
+    if not named.isdecimal() or int(named) < step:
+        return
+    earlier = [
+        saved for saved in saved_steps(root) if saved < step and (root / f"global_step_{saved}" / "actor").is_dir()
+    ]
+    if earlier:
+        tracker.write_text(str(earlier[-1]))
+    else:
+        tracker.unlink()
+
+
 @contextlib.contextmanager
 def older_ones_last(config: Any, step: int) -> Iterator[None]:
-    """Around verl's saving of step ``step``: the older checkpoints go when the new one is whole.
+    """Around verl's saving of step ``step``: the older checkpoints go when the new one is whole, and none is mixed.
 
     verl removes them while it writes, the actor's before the critics' are there, so that a crash at that moment would leave
     nothing to resume from; and it forgets those of earlier starts. Checkpoints that verl writes in the background are whole
@@ -62,6 +81,7 @@ def older_ones_last(config: Any, step: int) -> Iterator[None]:
         yield
         return
     keep = {"actor": trainer.max_actor_ckpt_to_keep, "critic": trainer.max_critic_ckpt_to_keep}
+    step_back(Path(trainer.default_local_dir), step)
     trainer.max_actor_ckpt_to_keep = trainer.max_critic_ckpt_to_keep = None
     try:
         yield

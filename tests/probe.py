@@ -2,13 +2,15 @@
 
 * Prompt ids, which verl draws with ``uuid4`` also when it replays rollouts, become a function of step and position.
 * ``PROBE_DIR/step_<n>.pt`` gets what step n computed for every response, by row key.
-* ``PROBE_KILL=<step>:<moment>`` ends the run with SIGKILL: while it rolls out, between two optimizer steps of a critic, or
-  with half a checkpoint file written. The process group to kill is in ``PROBE_DIR/group``.
+* ``PROBE_KILL=<step>:<moment>`` ends the run with SIGKILL: while it rolls out ("rollout"), between two optimizer steps of a
+  critic ("critic"), with half a file of the checkpoint written ("half <beginning of its path>"), or when the first of the
+  older checkpoints has been removed ("removal"). The process group to kill is in ``PROBE_DIR/group``.
 """
 
 import io
 import itertools
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,8 +25,7 @@ import wrapt
 FIELDS = ["values", "advantages", "returns", "old_log_probs", "entropy", "response_mask", "rm_scores", "responses"]
 FOLDER = Path(os.environ["PROBE_DIR"])
 KILL_STEP, _, KILL_MOMENT = os.environ.get("PROBE_KILL", "").partition(":")
-HALF_WRITTEN = "critic_1/optim_world_size"
-"""The file that a kill at the moment "checkpoint" leaves half written."""
+HALF = KILL_MOMENT.removeprefix("half ") if KILL_MOMENT.startswith("half ") else ""
 
 
 def _ids_by_step(trainer_base: Any) -> None:
@@ -86,12 +87,35 @@ def _kill_between_optimizer_steps(wrapped: Any, instance: Any, args: Any, kwargs
 
 def _kill_while_writing(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
     state, file, *_ = args
-    if isinstance(file, str) and f"global_step_{KILL_STEP}/critic/{HALF_WRITTEN}" in file:
+    if isinstance(file, str) and f"global_step_{KILL_STEP}/{HALF}" in file:
         whole = io.BytesIO()
         wrapped(state, whole)
         Path(file).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
         _kill()
     return wrapped(*args, **kwargs)
+
+
+def _kill_after(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> None:
+    wrapped(*args, **kwargs)
+    _kill()
+
+
+def _watch_removal(retention: Any) -> None:
+    if KILL_MOMENT == "removal":
+        wrapt.wrap_function_wrapper(retention, "remove_old", _watch_first_removal)
+
+
+def _watch_first_removal(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+    if _is_time(args[1]):
+        wrapt.wrap_function_wrapper(shutil, "rmtree", _kill_after)
+    return wrapped(*args, **kwargs)
+
+
+def _watch_writing(_module: Any) -> None:
+    import torch
+
+    if HALF and not isinstance(torch.save, wrapt.FunctionWrapper):
+        wrapt.wrap_function_wrapper(torch, "save", _kill_while_writing)
 
 
 def _watch_trainer(trainer_base: Any) -> None:
@@ -103,13 +127,12 @@ def _watch_trainer(trainer_base: Any) -> None:
 
 
 def _watch_workers(engine_workers: Any) -> None:
-    import torch
-
     if KILL_MOMENT == "critic":
         wrapt.wrap_function_wrapper(engine_workers, "TrainingWorker.train_batch", _kill_between_optimizer_steps)
-    if KILL_MOMENT == "checkpoint":
-        wrapt.wrap_function_wrapper(torch, "save", _kill_while_writing)
 
 
 wrapt.register_post_import_hook(_watch_trainer, "verl.trainer.ppo.v1.trainer_base")
 wrapt.register_post_import_hook(_watch_workers, "verl.workers.engine_workers")
+for module in ("verl.trainer.ppo.v1.trainer_base", "verl.workers.engine_workers"):
+    wrapt.register_post_import_hook(_watch_writing, module)
+wrapt.register_post_import_hook(_watch_removal, "asyppo_verl.retention")

@@ -1,6 +1,6 @@
 """A crash costs nothing: killed at any moment, a run goes on from its last whole checkpoint as if nothing had been.
 
-``KILLS=10 pytest tests/test_resume.py -k killed`` adds kills at random moments to the three that are chosen.
+``KILLS=10 pytest tests/test_resume.py -k killed`` adds kills at random moments to those that are chosen.
 """
 
 import os
@@ -23,8 +23,9 @@ from training import SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
-CHOSEN = ["3:rollout", "5:critic", "6:checkpoint"]
-MOMENTS = ["rollout", "critic", "checkpoint"]
+FILES = ["actor/model", "critic/critic_0/model", "critic/critic_1/optim", "critic/critic_1/extra", "data.pt"]
+CHOSEN = ["2:rollout", "3:critic", "4:half actor/model", "5:half critic/critic_1/optim", "6:removal"]
+MOMENTS = ["rollout", "critic", "removal", *(f"half {file}" for file in FILES)]
 KEEP = ["trainer.max_actor_ckpt_to_keep=1", "trainer.max_critic_ckpt_to_keep=1"]
 
 
@@ -36,20 +37,24 @@ def short_tmp():
 
 
 def start(root: Path, task: Path, run_dir: Path, tmp: str, kill: str = "") -> subprocess.Popen:
-    """The CPU script in a session of its own; a run that is to be killed (see :mod:`probe`) in a rollout makes that one."""
+    """A replay; a run that is to be killed (see :mod:`probe`) in a rollout makes that one."""
     replayed = [step for step in range(1, STEPS + 1) if kill != f"{step}:rollout"]
     given = [*settings(task, STEPS), f"skip.rollout_tq.steps={replayed}".replace(" ", ""), *KEEP]
-    environment = {**os.environ, **probed(run_dir), "RUN_DIR": str(run_dir), "TOY_DIR": str(task)}
+    process = launch(root, task, run_dir, tmp, *given, **probed(run_dir), PROBE_KILL=kill)
+    (run_dir / "probe" / "group").write_text(str(process.pid))
+    return process
+
+
+def launch(root: Path, task: Path, run_dir: Path, tmp: str, *overrides: str, **environment: str) -> subprocess.Popen:
+    """The CPU script in a session of its own; what it shows is in the file ``shown``."""
     with open(run_dir / "shown", "w") as shown:
-        process = subprocess.Popen(
-            ["bash", str(root / "scripts/run_asyppo_cpu.sh"), *SMALL, *given],
-            env={**environment, "TMPDIR": tmp, "PROBE_KILL": kill},
+        return subprocess.Popen(
+            ["bash", str(root / "scripts/run_asyppo_cpu.sh"), *SMALL, *overrides],
+            env={**os.environ, **environment, "RUN_DIR": str(run_dir), "TOY_DIR": str(task), "TMPDIR": tmp},
             stdout=shown,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    (run_dir / "probe" / "group").write_text(str(process.pid))
-    return process
 
 
 def last_whole(run_dir: Path) -> int:
@@ -69,7 +74,7 @@ def moments() -> list[str]:
     more = int(os.environ.get("KILLS", len(CHOSEN))) - len(CHOSEN)
     rng = random.Random(0)
     return CHOSEN[: max(0, len(CHOSEN) + min(0, more))] + [
-        f"{step}:{rng.choice(MOMENTS)}" for step in sorted(rng.choices(range(6, STEPS + 1), k=max(0, more)))
+        f"{step}:{rng.choice(MOMENTS)}" for step in sorted(rng.choices(range(7, STEPS + 1), k=max(0, more)))
     ]
 
 
@@ -77,13 +82,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(root, task, tmp_path, short
     run_dir = tmp_path / "killed"
     (run_dir / "probe").mkdir(parents=True)
     for kill in moments():
+        step, _, moment = kill.partition(":")
+        if last_whole(run_dir) >= int(step):
+            continue  # an earlier kill fell after this step, which is not taken again
         process = start(root, task, run_dir, short_tmp, kill)
         process.wait(timeout=600)
         assert process.returncode == -signal.SIGKILL, (run_dir / "shown").read_text()[-3000:]
         wait_until_all_are_gone(process.pid)
-        assert last_whole(run_dir) == int(kill.split(":")[0]) - 1, kill
-        if kill.endswith("checkpoint"):
-            (half,) = (run_dir / "checkpoints").glob(f"global_step_{kill.split(':')[0]}/critic/critic_1/optim*.pt")
+        # The checkpoint of a step is whole before older ones are removed, and not before that.
+        assert last_whole(run_dir) == int(step) - (moment != "removal"), kill
+        if moment.startswith("half "):
+            (half,) = (run_dir / "checkpoints").glob(f"global_step_{step}/{moment.removeprefix('half ')}*")
             with pytest.raises(RuntimeError, match="zip"):
                 torch.load(half, weights_only=False)
     process = start(root, task, run_dir, short_tmp)
@@ -102,6 +111,43 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(root, task, tmp_path, short
     kept = {path.parent.name for path in (run_dir / "checkpoints").glob("global_step_*/actor")}
     kept |= {path.parent.name for path in (run_dir / "checkpoints").glob("global_step_*/critic")}
     assert kept == {f"global_step_{STEPS}"}, "checkpoints of earlier starts stayed"
+
+
+BROKEN_REWARD = """
+from pathlib import Path
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    calls = Path(__file__).with_name("calls")
+    with open(calls, "a") as file:
+        file.write(".")
+    return float("nan") if calls.stat().st_size > 64 else float(len(solution_str) % 2)
+"""
+"""Not a number from the second step of 64 responses on."""
+
+
+def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended(root, toy, tmp_path, short_tmp):
+    """Exit code, message, no process and no file left behind, and no weight moved by the bad batch."""
+    run_dir, reward = tmp_path / "run", tmp_path / "reward.py"
+    run_dir.mkdir()
+    given = ["trainer.total_training_steps=3", "trainer.save_freq=1", f"reward.custom_reward_function.path={reward}"]
+
+    def run() -> tuple[int, str]:
+        process = launch(root, toy, run_dir, short_tmp, *given)
+        code = process.wait(timeout=600)
+        wait_until_all_are_gone(process.pid)
+        assert not list(Path(short_tmp).iterdir()), "temporary files stayed"
+        return code, (run_dir / "shown").read_text()
+
+    reward.write_text(BROKEN_REWARD)
+    code, shown = run()
+    assert code and "64 of 64 responses of step 2 have rewards that are not finite" in shown[-4000:], shown[-4000:]
+    assert last_whole(run_dir) == 1
+    assert [path.name for path in (run_dir / "checkpoints").glob("global_step_*")] == ["global_step_1"]
+
+    reward.write_text(BROKEN_REWARD.replace("> 64", "< 0"))
+    code, shown = run()
+    assert code == 0 and "after step 1" in shown, shown[-4000:]
+    assert sorted(Replay(run_dir).metrics()) == [1, 2, 3]
 
 
 # -- damaged checkpoints -------------------------------------------------------------------------------------------
