@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import os
 import resource
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,12 +135,14 @@ def activate() -> None:
         lambda module: wrapt.wrap_function_wrapper(module, "fsdp2_sharded_save_to_cpu", _copy_of_weights),
         "verl.utils.fsdp_utils",
     )
-    wrapt.register_post_import_hook(
-        lambda module: wrapt.wrap_function_wrapper(
-            module, "BucketedWeightReceiver.receive_weights", _copy_out_of_shared_memory
-        ),
-        "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer",
-    )
+    wrapt.register_post_import_hook(_cure_weight_transfer, "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")
+
+
+def _cure_weight_transfer(module):
+    wrapt.wrap_function_wrapper(module, "BucketedWeightReceiver.receive_weights", _copy_out_of_shared_memory)
+    # verl names the socket after Ray's job, whose number is the same in every run that has a cluster of its own.
+    for end in ("BucketedWeightSender", "BucketedWeightReceiver"):
+        wrapt.wrap_function_wrapper(module, f"{end}.__init__", _socket_in_temporary_folder)
 
 
 def _single_gloo_backend(wrapped, _instance, args, kwargs):
@@ -168,6 +171,11 @@ def _skip(_wrapped, _instance, _args, _kwargs):
 def _copy_of_weights(wrapped, _instance, args, kwargs):
     state, spec = wrapped(*args, **kwargs)
     return {name: (tensor.clone(), layout) for name, (tensor, layout) in state.items()}, spec
+
+
+def _socket_in_temporary_folder(wrapped, _instance, args, kwargs):
+    socket = args[0] if args else kwargs.pop("zmq_handle")
+    return wrapped(socket.replace("ipc:///tmp/", f"ipc://{tempfile.gettempdir()}/"), *args[1:], **kwargs)
 
 
 def _copy_out_of_shared_memory(wrapped, _instance, args, kwargs):
