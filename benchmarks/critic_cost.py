@@ -36,8 +36,8 @@ from asyppo_verl.plan.settings import GIB, HARDWARE
 
 PROMPT = 256  # tokens of a row before its response
 SHAPES = {**BUILT_IN, "tiny": Model("tiny", 512, 64, 128, 2, 4, 2, 16, tied=True)}
-# Parts of the names under which the SXM cards report themselves; PCIe and NVL cards have other peaks.
-CARDS = {"H200": "h200", "H100 80GB HBM3": "h100", "A100-SXM4-80GB": "a100"}
+# The names under which the SXM cards report themselves; PCIe and NVL cards have other peaks.
+CARDS = {"NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100"}
 PHASES = ["update", "evaluation"]
 COLUMNS = ["s", "min", "max", "floor-s", "tokens/s", "TFLOP/s", "of-peak", "GiB"]
 
@@ -107,7 +107,7 @@ def build(case: Case, device: str) -> nn.Module:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for module in [*model.model.layers, model]:
             fully_shard(module, mp_policy=policy)
-    return model.train()
+    return model
 
 
 def values_of(model: nn.Module, case: Case, rows: int, device: str) -> Tensor:
@@ -120,6 +120,7 @@ def evaluate(models: Sequence[nn.Module], case: Case, device: str) -> None:
     """Every critic evaluates every row."""
     with torch.no_grad():
         for index, model in enumerate(models):
+            model.eval()
             for rows in case.micro_batches("evaluation", index):
                 values_of(model, case, rows, device)
 
@@ -128,6 +129,7 @@ def update(models: Sequence[nn.Module], adamw: Sequence[torch.optim.AdamW], case
     """One optimizer step of every critic on its share of the rows, towards random returns."""
     for index, model in enumerate(models):
         batches = case.micro_batches("update", index)
+        model.train()
         for rows in batches:
             values_BT = values_of(model, case, rows, device)
             squares_BT = (values_BT - torch.randn_like(values_BT)).square()
@@ -154,14 +156,9 @@ def seconds_of(action: Callable[[], object], device: str) -> float:
 def card(device: str) -> dict:
     """Name and peaks of the device: of a known card from its data sheet, of others what a large product and a copy reach."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    for part, key in CARDS.items():
-        if part in name:
-            return {
-                "name": name,
-                "peaks": "data sheet",
-                "flops": HARDWARE[key].flops,
-                "bandwidth": HARDWARE[key].bandwidth,
-            }
+    if name in CARDS:
+        known = HARDWARE[CARDS[name]]
+        return {"name": name, "peaks": "data sheet", "flops": known.flops, "bandwidth": known.bandwidth}
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     product = min(seconds_of(lambda: a @ b, device) for _ in range(10))

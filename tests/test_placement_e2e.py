@@ -16,6 +16,13 @@ PLACEMENTS = {
 }
 
 
+ON_TWO_RANKS = {
+    "colocated": [],
+    "split": ["+asyppo.placement=split", "+asyppo.pool.n_gpus_per_node=2"],
+}
+"""Placements of critics beside an actor on two ranks: a critic has two ranks, or one."""
+
+
 @pytest.fixture(scope="module")
 def replays(root, toy, finished, tmp_path_factory):
     """Metrics and folder of each placement's run, all on the rollouts that the finished run recorded."""
@@ -30,19 +37,16 @@ def replays(root, toy, finished, tmp_path_factory):
                 "RENDEZVOUS_DIR": str(folder / name / "rendezvous"),
                 "RENDEZVOUS_PARTIES": str(len(together)),
             }
-        metrics, _ = train(
-            root,
-            toy,
-            folder / name,
-            *replaying(finished[0] / "rollouts"),
-            f"trainer.total_training_steps={STEPS}",
-            f"trainer.save_freq={STEPS}",
-            "algorithm.lam=0.95",
-            *overrides,
-            **environment,
-        )
+        metrics = replayed(root, toy, finished, folder / name, *overrides, **environment)
         found[name] = metrics, folder / name
     return found
+
+
+def replayed(root, toy, finished, run_dir, *overrides: str, **environment: str) -> list[dict]:
+    """Metrics of a run on the rollouts of the finished one."""
+    saving = [f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={STEPS}", "algorithm.lam=0.95"]
+    metrics, _ = train(root, toy, run_dir, *replaying(finished[0] / "rollouts"), *saving, *overrides, **environment)
+    return metrics
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -88,3 +92,18 @@ def test_critics_with_gpus_of_their_own_work_while_the_actor_does(replays, place
     met = {path.name: {who.name for who in path.iterdir()} for path in (replays[placement][1] / "rendezvous").iterdir()}
     together = PLACEMENTS[placement][1]
     assert met == {f"{event}_{step}": together for event in ("evaluation", "update") for step in range(1, STEPS + 1)}
+
+
+def test_the_number_of_a_critics_ranks_changes_the_order_of_summation_only(root, toy, finished, tmp_path):
+    """Two mini-batches a step and two steps: the same responses train together, whatever the ranks."""
+    colocated, split = (
+        replayed(root, toy, finished, tmp_path / name, *overrides, RANKS="2")
+        for name, overrides in ON_TWO_RANKS.items()
+    )
+    for before, after in zip(colocated, split, strict=True):
+        for key in (
+            f"asyppo/critic_{m}/{name}" for m in range(2) for name in ("vf_loss", "grad_norm", "explained_var")
+        ):
+            assert after[key] == pytest.approx(before[key], rel=1e-3), key
+        for key in ("critic/vf_loss", "asyppo/sigma/mean", "asyppo/adv_masked_fraction", "critic/returns/mean"):
+            assert after[key] == pytest.approx(before[key], rel=1e-4), key
