@@ -4,8 +4,8 @@ verl's own engines need one (nccl, hccl, nixl, mooncake, kimi), or the rollout i
 ``rollout.checkpoint_engine.backend=tcp_store`` with ``custom_backend_module=asyppo_verl.cpu.weight_store``.
 """
 
+import io
 import itertools
-import pickle
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -65,13 +65,16 @@ class StoreCheckpointEngine(CheckpointEngine):
         """Store the weights chunk by chunk; every rank walks through them, since they are gathered on the way."""
         index = 0
         async for meta, chunk in split_weight_chunks(weights, CHUNK_BYTES):
-            self._put(index, (meta, chunk.cpu().numpy()))
+            # A copy, since torch.save writes all of the storage that a slice is of.
+            self._put(index, {"meta": vars(meta), "data": chunk.cpu().clone()})
             index += 1
-        self._put(index, None)
+        self._put(index, {})
 
-    def _put(self, index: int, item: Any) -> None:
+    def _put(self, index: int, item: dict[str, Any]) -> None:
         if self.store is not None:
-            self.store.set(str(index), pickle.dumps(item))  # type: ignore[arg-type]  # torch's stub knows text only
+            file = io.BytesIO()
+            torch.save(item, file)
+            self.store.set(str(index), file.getvalue())  # type: ignore[arg-type]  # torch's stub knows text only
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, Tensor]]:
         """Yield every weight with its name, in the order in which they were sent."""
@@ -81,9 +84,8 @@ class StoreCheckpointEngine(CheckpointEngine):
     async def _chunks(self) -> AsyncIterator[tuple[TensorMeta, Tensor]]:
         assert self.store is not None, "init_process_group comes first"
         for index in itertools.count():
-            # Waits until the chunk is there.
-            item = pickle.loads(self.store.get(str(index)))
-            if item is None:
+            # Waits until the chunk is there. Tensors and plain values only: whatever else a store may hold is not run.
+            item = torch.load(io.BytesIO(self.store.get(str(index))), weights_only=True)
+            if not item:
                 return
-            meta, data = item
-            yield meta, torch.from_numpy(data)
+            yield TensorMeta(**item["meta"]), item["data"]
