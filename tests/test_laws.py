@@ -227,8 +227,10 @@ def with_masks(data: TensorDict, keep_adv_N, keep_ent_N, advantages_N) -> Tensor
     return call
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_law_5_on_the_actor_worker(cluster, toy, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "remove_padding"), [(1, True), (1, False), (2, True), (2, False), (4, True)], ids=str
+)
+def test_law_5_on_the_actor_worker(cluster, toy, ranks, remove_padding):
     group = start_actor(toy, ranks)
     data = actor_batch(group)
     generator = torch.Generator().manual_seed(0)
@@ -238,7 +240,7 @@ def test_law_5_on_the_actor_worker(cluster, toy, ranks):
     all_N = torch.ones(tokens, dtype=torch.bool)
     is_response_N = data["response_mask"].values().bool()
     for name, engine in BATCHING.items():
-        group.set_batching(**engine)
+        group.set_batching(use_remove_padding=remove_padding, **engine)
         plain = update(group, with_masks(data, all_N, all_N, advantages_N))
         masked = update(group, with_masks(data, keep_adv_N, keep_ent_N, advantages_N))
         for kind, keep_N in (("log_probs", keep_adv_N), ("entropy", keep_ent_N)):

@@ -1,6 +1,7 @@
 """Whole runs in verl's other modes: asynchronous trainers, two turns, a reward model, KL terms and what goes with them."""
 
 import math
+import re
 
 import pytest
 from training import train
@@ -47,6 +48,19 @@ def test_colocate_async_trains(root, toy, tmp_path, placement):
         "trainer.save_freq=-1",
     )
     assert len(steps) == 3
+    check(steps, updates=1, ahead=True)
+
+
+def test_colocate_async_resumes_with_what_was_being_generated(root, toy, tmp_path):
+    """The batch that is generated ahead was already taken from the data: it is in the checkpoint, and trained on."""
+    given = ["trainer.v1.trainer_mode=colocate_async", *OWN_SAMPLER, "trainer.save_freq=2"]
+    environment = {"VERL_LOGGING_LEVEL": "INFO"}
+    run_dir = tmp_path / "resumed"
+    train(root, toy, run_dir, *given, "trainer.total_training_steps=2", **environment)
+    steps, shown = train(root, toy, run_dir, *given, "trainer.total_training_steps=3", **environment)
+    assert "after step 2" in shown and len(steps) == 3
+    (restored,) = re.findall(r"Restored (\d+) training prompt groups", (run_dir / "log").read_text())
+    assert int(restored) == 16
     check(steps, updates=1, ahead=True)
 
 
