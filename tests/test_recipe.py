@@ -368,14 +368,22 @@ def test_symmetric_ppo_trains_on_prepared_data(root, toy, prepared, tmp_path):
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 def test_grpo_trains_validates_and_saves(root, toy, tmp_path):
+    """The reward is one that random answers get now and then, since equal rewards make no advantages."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):\n"
+        "    score = float(sum(map(ord, solution_str)) % 2)\n"
+        "    return {'score': score, 'acc': score, 'pred': solution_str}\n"
+    )
     often = {"VAL_BEFORE_TRAIN": "True", "TEST_FREQ": "1", "SAVE_FREQ": "1"}
-    env = environment(root, toy, **SMALL | often, ALGO="grpo", RUN_DIR=str(tmp_path / "grpo"))
+    env = environment(root, toy, **SMALL | often, ALGO="grpo", RUN_DIR=str(tmp_path / "grpo")) | {"REWARD": str(reward)}
     run_script(["bash", str(root / "scripts/run_asyppo_qwen3_8b.sh"), "data.val_max_samples=32"], env)
     before, step = steps_of(tmp_path / "grpo")
     assert not [key for key in step if key.startswith("asyppo/") or key == "critic/vf_loss"]
-    assert step["actor/grad_norm"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
+    assert step["critic/advantages/max"] > 0 > step["critic/advantages/min"]
+    assert step["actor/grad_norm"] > 0.01 and step["training/rollout_probs_diff_max"] < 1e-4
     for metrics in (before, step):
-        assert 0 <= metrics["val-core/toy_addition/acc/mean@4"] <= metrics["val-core/toy_addition/acc/best@4/mean"] <= 1
+        assert 0 < metrics["val-core/toy_addition/acc/mean@4"] <= metrics["val-core/toy_addition/acc/best@4/mean"] <= 1
     assert latest_step(tmp_path / "grpo/checkpoints") == 1
     saved = tmp_path / "grpo/checkpoints/global_step_1"
     assert (saved / "actor/model_world_size_1_rank_0.pt").is_file() and not (saved / "critic").exists()

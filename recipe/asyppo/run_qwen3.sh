@@ -22,7 +22,7 @@ for variable in TRAIN_FILES VAL_FILES REWARD ACTOR_MODEL CRITIC_MODEL; do
     for i in "${!names[@]}"; do
         if [ -e "${names[i]}" ]; then names[i]=$(realpath -s "${names[i]}"); fi
     done
-    printf -v "$variable" %s "$(IFS=, && echo "${names[*]}")"
+    printf -v "$variable" %s "$(IFS=, && printf %s "${names[*]}")"
 done
 cd "$ROOT"
 
@@ -47,6 +47,7 @@ CRITIC_MODEL=${CRITIC_MODEL:?the mini-critics: a folder or hub repository in Hug
 TRAIN_FILES=${TRAIN_FILES:-$DATA_DIR/train/deepmath.parquet}
 VAL_FILES=${VAL_FILES:-$(printf '%s,' "$DATA_DIR"/eval/*.parquet)}
 REWARD=${REWARD:-$ROOT/recipe/asyppo/math_reward.py}
+# They stand in overrides without quotes, where some characters have a meaning of their own.
 for variable in RUN_DIR DATA_DIR TRAIN_FILES VAL_FILES REWARD ACTOR_MODEL CRITIC_MODEL; do
     value=${!variable}
     if [[ $variable == *_FILES ]]; then value=${value//,/}; fi # a comma stands between files
