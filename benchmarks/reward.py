@@ -2,8 +2,8 @@ r"""How often the reward errs on real answers, and how fast it is: ``python benc
 
 Every ground truth of the parquet files is answered three times: as it stands (must score 1), in another notation where
 there is a mechanical one (must score 1: ``\frac{3}{4}`` as 3/4, ``\sqrt{2}`` as ``\sqrt[2]{2}``, a list backwards, 7 as 7.0), and
-changed (must score 0: a number raised, Yes for No, "+1" behind anything else). Failures are listed. The last line is one JSON
-object.
+changed (must score 0: a number raised, Yes for No, S for S_3, "+1" behind anything else). Failures are listed. The last line is
+one JSON object.
 """
 
 import argparse
@@ -24,6 +24,7 @@ OPPOSITES = {"yes": "No", "no": "Yes", "true": "False", "false": "True", r"\inft
 NUMBER = re.compile(r"\d[\d,]*\.?\d*|\.\d+")
 FRACTION = re.compile(r"\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
 ROOT = re.compile(r"\\sqrt\{")
+INDEXED = re.compile(r"([A-Z])_\{?\d+\}?")
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}")
 
 
@@ -60,6 +61,8 @@ def perturbed(answer: str) -> str:
         return OPPOSITES[plain.lower()]
     if re.fullmatch("[A-Z]", plain):
         return "A" if plain != "A" else "B"
+    if name := INDEXED.fullmatch(plain):
+        return name[1]
     if not (found := list(NUMBER.finditer(plain))):
         return f"{plain} + 1"
     place = found[-1]

@@ -2,7 +2,7 @@
 # Evaluate a model on benchmarks through verl's own validation: avg@k, pass@k and maj@k with bootstrap intervals.
 #
 #   Hardware  GPUs that hold the actor; with VERL_PLATFORM=cpu two cores and a small model
-#   Time      about a minute for the start, then sampling; the paper's six benchmarks are about 1,700 problems
+#   Time      about a minute for the start, then sampling; the paper's six benchmarks are about 1,550 problems
 #   Expect    results.md, results.json, samples.jsonl in RUN_DIR/evaluation/global_step_N, the table on the terminal
 #
 # Usage: bash scripts/evaluate.sh CHECKPOINT_OR_MODEL [any verl override]

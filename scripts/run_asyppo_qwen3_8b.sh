@@ -2,8 +2,12 @@
 # Train Qwen3-8B-Base on 5,000 DeepMath problems with AsyPPO: two mini-critics of 1.7 billion parameters.
 #
 #   Hardware  one node of 8 GPUs with 80 GB (GPU_GB=80, the default) or 141 GB (GPU_GB=141); NNODES for more than one
-#   Memory    80 GB cards: 67 GiB, 141 GB cards: 120 GiB at the peak of all four algorithms (planned: python -m asyppo_verl.plan)
-#   Time      8 H100: 53 h, 8 H200: 48 h for 312 steps (estimates of the same plan, not measured)
+#   Memory    80 GB cards: 67 GiB, 141 GB cards: 120 GiB at the peak of all four algorithms (planned)
+#   Time      8 H100: 53 h, 8 H200: 48 h for 312 steps, and about 4 h, 2 h for 14 validations, each of 1,550 problems with
+#             4 samples (estimates of the same plans, not measured)
+#   Plans     80 GB cards: python -m asyppo_verl.plan --actor 8b --critic 1.7b --critic-offload --gpu-memory-utilization 0.7
+#             141 GB cards: python -m asyppo_verl.plan --actor 8b --critic 1.7b --hardware h200 --actor-tokens 36864 \
+#                 --log-prob-tokens 73728 --gpu-memory-utilization 0.7
 #   Expect    the paper reports about 3 points over symmetric PPO (mean of six benchmarks, avg@4); not reproduced by us
 #
 # Before:  python -m recipe.asyppo.prepare_data

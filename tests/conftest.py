@@ -38,6 +38,22 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder of the Qwen3 recipe, made from small files: 40 problems to train on, six evaluation sets."""
+    import datasets
+    from problem_files import HUB, write_sets
+
+    from recipe.asyppo.prepare_data import main
+
+    folder = tmp_path_factory.mktemp("prepared")
+    write_sets(folder / "source", HUB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        main(["--source", str(folder / "source"), "--out", str(folder / "data")])
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
 def finished(root: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory):
     """Run folder, metrics and terminal output of a run of two steps on one rank; copy the folder before changing it."""
     from training import replaying, train

@@ -36,6 +36,11 @@ RIGHT = [
     ("166", r"166 \text{ cm}^2"),
     ("52_8", "52_{8}"),
     ("52_8", "52"),
+    ("152A_{11}", "152A"),
+    ("S_3", "S_{3}"),
+    ("10^{6}", "1,000,000"),
+    ("4.5e33", "4.50001e33"),
+    (r"6.02 \cdot 10^{23}", r"6.0201 \times 10^{23}"),
     # expressions
     (r"3\sqrt{13}", r"\sqrt{117}"),
     ("x^2 + 2x + 1", "(x+1)^2"),
@@ -76,6 +81,13 @@ WRONG = [
     ("1.325e-27", r"\frac{1}{10^{20}}"),
     ("52_8", "52_9"),
     ("52_8", "53"),
+    ("S_3", "S"),
+    ("D_4", "D"),
+    ("V_4", "V"),
+    ("10^{6}", "1000001"),
+    ("10^6", r"10^6 + 1"),
+    (r"2 \cdot 10^{8}", "200000001"),
+    ("4.5e33", "4.502e33"),
     ("(3,2)", "(2,3)"),
     ("69,84", "69"),
     ("69", "69, 84"),
@@ -257,6 +269,14 @@ def test_no_process_outlives_a_killed_reward_worker():
     worker.wait()
     _, alive = psutil.wait_procs(family, timeout=6)
     assert alive == []
+
+
+def test_without_math_verify_it_cannot_be_imported():
+    """verl counts a call that raises as a failed response and trains on, so nothing may wait for the first such call."""
+    code = "import sys; sys.modules['math_verify'] = None; import recipe.asyppo.math_reward"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1 and "ImportError: recipe.asyppo.math_reward needs math-verify" in run.stderr
+    assert "pip install 'verl[vllm,fsdp,math]==0.9.1'" in run.stderr
 
 
 def test_a_process_that_cannot_start_says_why(monkeypatch):

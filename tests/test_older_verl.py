@@ -9,7 +9,7 @@ import pytest
 from asyppo_verl.config import SUPPORTED_VERL
 
 OLDER = SUPPORTED_VERL[0]
-MODULES = ("config", "recipe", "plugin", "placement", "actor_loss", "trainer", "critics", "export")
+MODULES = ("config", "recipe", "plugin", "placement", "actor_loss", "trainer", "critics", "export", "evaluate")
 
 
 @pytest.mark.ray

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from asyppo_verl.config import SUPPORTED_VERL
 
@@ -41,21 +43,26 @@ def test_the_wheel_holds_every_file_of_both_packages(root, wheel):
     assert "asyppo = asyppo_verl.plugin" in entry_points
 
 
-def test_the_gpu_extra_installs_what_verl_pins(wheel):
+PINNED = {"torch": "==2.11.0", "vllm": "==0.24.0", "transformers": "==5.9.0", "flash-attn": "==2.8.3"}
+
+
+def test_the_gpu_extra_installs_what_verl_pins(root, wheel):
     metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("METADATA"))).decode()
     (line,) = re.findall(r"Requires-Dist: (verl\[.*?\]==[\d.]+); extra == \"gpu\"", metadata)
     ours = Requirement(line)
     assert str(ours.specifier) == f"=={SUPPORTED_VERL[-1]}"
 
-    pins, extras = {}, set(ours.extras)
+    pins, extras = defaultdict(SpecifierSet), set(ours.extras)
     requirements = [Requirement(text) for text in importlib.metadata.requires("verl")]
     for _ in range(3):  # verl's extras name further extras of verl
         for requirement in requirements:
             if requirement.marker and any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
                 extras |= requirement.extras if requirement.name == "verl" else set()
-                pins.setdefault(requirement.name, str(requirement.specifier))
-    assert (pins["torch"], pins["vllm"], pins["flash-attn"]) == ("==2.11.0", "==0.24.0", "==2.8.3")
+                pins[requirement.name] &= requirement.specifier
+    assert [str(pins[name]) for name in PINNED] == list(PINNED.values())
     assert "math-verify" in pins and "TransferQueue" in pins
+    (named,) = re.findall(r"# verl's own pins for GPUs \((.*?)\)", (root / "setup.cfg").read_text())
+    assert named == ", ".join(f"{name} {pin.removeprefix('==')}" for name, pin in PINNED.items())
 
 
 def test_the_recipe_and_the_image_pin_the_newest_supported_verl(root):

@@ -227,7 +227,7 @@ def test_phases_by_hand():
     assert found["critic update"].critics == 12 * critic + 16 * critic
     assert {phase.actor for name, phase in found.items() if name != "actor update"} == {12 * actor}
     assert found["actor update"].actor == 16 * actor
-    logits = 16384 * 151_936 * 8
+    logits = 18432 * 151_936 * 8
     assert found["actor update"].working > logits > found["critic update"].working
 
 

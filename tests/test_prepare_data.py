@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import datasets
-import pandas as pd
 import pytest
 from omegaconf import OmegaConf
+from problem_files import HUB, write_sets
 
 from recipe.asyppo.math_reward import compute_score
 from recipe.asyppo.overlap import Fingerprint, Index, is_near
@@ -15,25 +15,6 @@ from recipe.asyppo.prepare_data import main
 from recipe.asyppo.problem_sets import PROBLEM_SETS, Sources, read_answer, read_question
 
 EVALUATION = ["aime24", "aime25", "math500", "olympiadbench", "minerva", "amc23"]
-STEPS = "The sum of the first $n$ odd numbers is $n^2$, so"
-HUB = {
-    # As on the hub: one row or more a set, with the fields there.
-    "deepmath": [
-        {"question": f"Find the limit of $a_{{n}} = {k} + 1/n$ as n grows.", "final_answer": str(k), "difficulty": 5.0}
-        for k in range(40)
-    ],
-    "math": [{"problem": "What is $3/6$ in lowest terms?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "Level 1"}],
-    "gsm8k": [{"question": "Tom has 1,000 nuts. He buys 234. How many now?", "answer": "1000+234=1234.\n#### 1,234"}],
-    "aime24": [{"id": 60, "problem": "Find $n$ for the odd sum 81.", "solution": rf"{STEPS} \boxed{{8}}, no, \boxed{{009}}."}],
-    "aime25": [{"id": "0", "problem": "Find the sum of the bases $b>9$.", "answer": "70"}],
-    "math500": [{"problem": "Convert $(0,3)$ to polar form.", "answer": r"\left( 3, \frac{\pi}{2} \right)"}],
-    "olympiadbench": [
-        {"question": "Solve in pairs.", "final_answer": ["$69$,$84$"], "unit": None, "is_multiple_answer": True},
-        {"question": "How long does it take?", "final_answer": ["45"], "unit": "minute", "is_multiple_answer": False},
-    ],
-    "minerva": [{"question": "Compute the luminosity.", "answer": "4.5e33"}],
-    "amc23": [{"id": 0, "question": "How many miles from A do they meet?", "answer": 27.0, "url": "https://example.org"}],
-}  # fmt: skip
 WILD = {
     # The same problems in other schemas.
     "deepmath": [{"prompt": row["question"], "ground_truth": row["final_answer"], "id": "1"} for row in HUB["deepmath"]],
@@ -63,16 +44,7 @@ def folder(tmp_path):
 
     def written(sets: dict[str, list[dict]], ending: str = "jsonl"):
         target = tmp_path / f"source_{ending}"
-        target.mkdir(exist_ok=True)
-        for name, rows in sets.items():
-            if ending == "jsonl":
-                (target / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            elif ending == "json":
-                (target / f"{name}.json").write_text(json.dumps(rows))
-            elif ending == "parquet":
-                pd.DataFrame(rows).to_parquet(target / f"{name}.parquet")
-            else:
-                pd.DataFrame(rows).to_csv(target / f"{name}.csv", index=False)
+        write_sets(target, sets, ending)
         return str(target)
 
     return written

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -21,6 +22,7 @@ from processes import wait_until_all_are_gone
 
 from asyppo_verl import preflight
 from asyppo_verl.config import AsyPPOConfig
+from asyppo_verl.retention import latest_step
 
 SIZES = ("4b", "8b", "14b")
 ALGORITHMS = {
@@ -131,44 +133,171 @@ def test_the_algorithms_differ_in_nothing_but_their_critics(root, toy, tmp_path,
     shared = set.intersection(*commands.values())
     for algo, lines in commands.items():
         own = {line.lstrip("+").split("=")[0] for line in lines - shared}
-        assert all(key.startswith(("algorithm.adv_estimator", "asyppo.", "critic.")) for key in own), (algo, own)
+        assert own <= {"algorithm.adv_estimator", "critic.model.path", "critic.enable", "asyppo.num_critics"}, algo
 
 
-MODELS = {"4b": ("4b", "0.6b"), "8b": ("8b", "1.7b"), "14b": ("14b", "4b")}
+@pytest.mark.parametrize(("nodes", "fsdp_size"), [("1", -1), ("2", 8)])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_critic_is_sharded_inside_a_node(root, toy, tmp_path, size, nodes, fsdp_size):
+    env = environment(root, toy, NNODES=nodes, N_GPUS="8")
+    config = validated(command_of(root, size, tmp_path, env))
+    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (int(nodes), 8)
+    assert config.critic.fsdp.fsdp_size == fsdp_size and config.actor_rollout_ref.actor.fsdp_config.fsdp_size == -1
+
+
+DEFAULTS = ("TRAIN_FILES", "VAL_FILES", "REWARD")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_data_and_reward_are_the_prepared_ones_by_default(root, toy, prepared, tmp_path, size):
+    env = environment(root, toy, DATA_DIR=str(prepared))
+    config = validated(command_of(root, size, tmp_path, {key: env[key] for key in env if key not in DEFAULTS}))
+    assert config.data.train_files == [f"{prepared}/train/deepmath.parquet"]
+    assert config.data.val_files == [f"{prepared}/eval/{name}.parquet" for name in sorted(EVALUATION_PROBLEMS)]
+    reward = config.reward.custom_reward_function
+    assert (reward.path, reward.name) == (f"{root}/recipe/asyppo/math_reward.py", "compute_score")
+    assert all(Path(file).is_file() for file in (*config.data.train_files, *config.data.val_files, reward.path))
+
+
+def test_relative_names_are_those_of_the_caller(root, toy, tmp_path, monkeypatch):
+    """What is there is found from any folder; a link keeps its name, and what is not there may be a name on the hub."""
+    monkeypatch.chdir(toy)
+    (tmp_path / "linked.parquet").symlink_to(toy / "test.parquet")
+    env = environment(
+        root,
+        toy,
+        ACTOR_MODEL="actor",
+        CRITIC_MODEL="Qwen/Qwen3-0.6B-Base",
+        TRAIN_FILES="train.parquet,./test.parquet",
+        VAL_FILES=os.path.relpath(tmp_path / "linked.parquet"),
+        REWARD=os.path.relpath(root / "recipe/asyppo/toy_reward.py"),
+        DATA_DIR="no/such/folder",
+    )
+    lines = command_of(root, "4b", tmp_path, env)
+    assert {
+        f"actor_rollout_ref.model.path={toy}/actor",
+        "critic.model.path=Qwen/Qwen3-0.6B-Base",
+        f"data.train_files=[{toy}/train.parquet,{toy}/test.parquet]",
+        f"data.val_files=[{tmp_path}/linked.parquet]",
+        f"reward.custom_reward_function.path={root}/recipe/asyppo/toy_reward.py",
+    } <= set(lines)
+
+
+PATHS = ("RUN_DIR", "DATA_DIR", "TRAIN_FILES", "VAL_FILES", "REWARD", "ACTOR_MODEL", "CRITIC_MODEL")
+
+
+@pytest.mark.parametrize("variable", PATHS)
+def test_a_name_that_hydra_cannot_read_is_refused(root, toy, tmp_path, variable):
+    run = subprocess.run(
+        ["bash", str(root / "scripts/run_asyppo_qwen3_4b.sh")],
+        env=environment(root, toy) | {"RUN_DIR": str(tmp_path / "run"), variable: "/some/lr=1e-6 [é]/here"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == (
+        f"{variable}=/some/lr=1e-6 [é]/here: hydra does not take these characters in a name: =[é]; "
+        "choose a name without them\n"
+    )
+
+
+def test_a_name_that_is_not_refused_is_read_as_it_is(root, toy, tmp_path):
+    """Every printable character of ASCII but those that the message above is for."""
+    name = "/x" + "".join(map(chr, range(32, 127))).translate(dict.fromkeys(map(ord, "!\"#$&'(),;<=>[\\]^`{}~"))) + "x"
+    env = environment(root, toy) | dict.fromkeys(("ACTOR_MODEL", "CRITIC_MODEL", "REWARD"), name)
+    env |= {"TRAIN_FILES": f"{name},{name}", "VAL_FILES": name}
+    lines = [line for line in command_of(root, "4b", tmp_path, env) if not line.startswith("hydra.")]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=lines)
+    assert config.actor_rollout_ref.model.path == config.critic.model.path == name
+    assert config.reward.custom_reward_function.path == name
+    assert (config.data.train_files, config.data.val_files) == ([name, name], [name])
+
+
 PLANNED = {
     # how asyppo_verl.plan calls a setting of verl
-    "actor_tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
-    "log_prob_tokens": "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
-    "critic_tokens": "critic.ppo_max_token_len_per_gpu",
-    "value_tokens": "critic.forward_max_token_len_per_gpu",
-    "gpu_memory_utilization": "actor_rollout_ref.rollout.gpu_memory_utilization",
-    "tensor_parallel": "actor_rollout_ref.rollout.tensor_model_parallel_size",
-    "actor_offload": "actor_rollout_ref.actor.fsdp_config.param_offload",
-    "critic_offload": "critic.fsdp.param_offload",
+    "num_critics": "asyppo.num_critics",
+    "gpus": "trainer.n_gpus_per_node",
+    "nodes": "trainer.nnodes",
     "prompts": "data.train_batch_size",
     "responses": "actor_rollout_ref.rollout.n",
     "prompt_length": "data.max_prompt_length",
     "response_length": "data.max_response_length",
+    "actor_epochs": "actor_rollout_ref.actor.ppo_epochs",
+    "critic_epochs": "critic.ppo_epochs",
+    "reference": "actor_rollout_ref.actor.use_kl_loss",
+    "actor_tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "log_prob_tokens": "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+    "critic_tokens": "critic.ppo_max_token_len_per_gpu",
+    "value_tokens": "critic.forward_max_token_len_per_gpu",
+    "entropy_chunking": "actor_rollout_ref.actor.entropy_from_logits_with_chunking",
+    "actor_sp": "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+    "critic_sp": "critic.fsdp.ulysses_sequence_parallel_size",
+    "actor_fsdp_size": "actor_rollout_ref.actor.fsdp_config.fsdp_size",
+    "critic_fsdp_size": "critic.fsdp.fsdp_size",
+    "actor_offload": "actor_rollout_ref.actor.fsdp_config.param_offload",
+    "critic_offload": "critic.fsdp.param_offload",
+    "tensor_parallel": "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "gpu_memory_utilization": "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "max_num_seqs": "actor_rollout_ref.rollout.max_num_seqs",
 }
+HARDWARE = {"80": "h100", "141": "h200"}
+EVALUATION_PROBLEMS = {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "minerva": 272, "olympiadbench": 674}
+
+
+def header_of(root: Path, size: str) -> str:
+    """The comment that opens a size's script, continued lines joined."""
+    text = (root / f"scripts/run_asyppo_qwen3_{size}.sh").read_text().split("set -euo")[0]
+    return text.replace("\\\n#", "")
+
+
+def plan_of_header(root: Path, size: str, gpu_gb: str, *options: str) -> dict:
+    """What the header's command for cards of a size prints with ``--json``."""
+    (command,) = re.findall(rf"\b{gpu_gb} GB cards: python (-m asyppo_verl.plan .*)", header_of(root, size))
+    words = [sys.executable, *command.split(), "--json", *options]
+    return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("gpu_gb", "hardware"), [("80", "h100"), ("141", "h200")])
-def test_the_memory_plans_fit_and_are_those_of_the_header(root, toy, tmp_path, size, gpu_gb, hardware):
-    config = validated(command_of(root, size, tmp_path, environment(root, toy, GPU_GB=gpu_gb)))
-    command = [sys.executable, "-m", "asyppo_verl.plan", "--json", "--hardware", hardware]
-    command += ["--actor", MODELS[size][0], "--critic", MODELS[size][1]]
-    for name, key in PLANNED.items():
-        value = OmegaConf.select(config, key)
-        option = "--" + name.replace("_", "-")
-        command += [option] * value if isinstance(value, bool) else [option, str(value)]
-    plans = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["algorithms"]
-    assert set(plans) == set(ALGORITHMS) and all(plan["fits"] for plan in plans.values())
-    header = (root / f"scripts/run_asyppo_qwen3_{size}.sh").read_text().split("set -euo")[0]
-    peak = max(plan["peak_gib"] for plan in plans.values())
-    assert f"{gpu_gb} GB cards: {math.ceil(peak)} GiB" in header
-    seconds = sum(plans["asyppo"]["seconds_estimate"].values())
-    assert f"8 {hardware.upper()}: {round(312 * seconds / 3600)} h" in header
+@pytest.mark.parametrize("gpu_gb", HARDWARE)
+def test_the_memory_plans_fit_and_are_those_of_the_header(root, toy, tmp_path, size, gpu_gb):
+    """The header's command plans what the script sets, for the models that it names."""
+    env, plan = environment(root, toy, GPU_GB=gpu_gb), plan_of_header(root, size, gpu_gb)
+    config = validated(command_of(root, size, tmp_path, env))
+    assert {name: plan["settings"][name] for name in PLANNED} == {
+        name: OmegaConf.select(config, key) for name, key in PLANNED.items()
+    }
+    assert plan["settings"]["hardware"] == HARDWARE[gpu_gb]
+    lines = command_of(root, size, tmp_path, env | {"ACTOR_MODEL": "", "CRITIC_MODEL": ""})
+    for role, key in (("actor", "actor_rollout_ref"), ("critic", "critic")):
+        assert f"{key}.model.path=Qwen/{plan['settings'][role]['name']}-Base" in lines
+
+    found = plan["algorithms"]
+    assert set(found) == set(ALGORITHMS) and all(algorithm["fits"] for algorithm in found.values())
+    peak = max(algorithm["peak_gib"] for algorithm in found.values())
+    assert f"{gpu_gb} GB cards: {math.ceil(peak)} GiB" in header_of(root, size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_times_of_the_header_are_those_of_its_plans(root, toy, tmp_path, size):
+    """Validation is generation of the six evaluation sets: before training, every so often, and after the last step."""
+    config = validated(command_of(root, size, tmp_path, environment(root, toy)))
+    steps, samples = config.trainer.total_training_steps, config.actor_rollout_ref.rollout.val_kwargs.n
+    times = config.trainer.val_before_train + math.ceil(steps / config.trainer.test_freq)
+    problems = round(sum(EVALUATION_PROBLEMS.values()), -1)
+    training, validation = [], []
+    for gpu_gb in HARDWARE:
+        step = plan_of_header(root, size, gpu_gb)["algorithms"]["asyppo"]["seconds_estimate"]
+        training.append(round(steps * sum(step.values()) / 3600))
+        options = ("--prompts", str(problems), "--responses", str(samples))
+        every = plan_of_header(root, size, gpu_gb, *options)["algorithms"]["asyppo"]["seconds_estimate"]
+        validation.append(round(times * every["generation"] / 3600))
+    assert (
+        f"8 H100: {training[0]} h, 8 H200: {training[1]} h for {steps} steps, "
+        f"and about {validation[0]} h, {validation[1]} h for {times} validations, "
+        f"each of {problems:,} problems with {samples} samples"
+    ) in " ".join(header_of(root, size).replace("#", "").split())
+    assert f"about {problems:,} problems" in (root / "scripts/evaluate.sh").read_text()
 
 
 def test_an_override_that_does_not_exist_is_refused(root, toy, tmp_path):
@@ -225,19 +354,45 @@ def run_script(command: list[str], env: dict[str, str]) -> subprocess.CompletedP
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("size", "algo"), [("8b", "grpo"), ("14b", "ppo")])
-def test_a_baseline_trains(root, toy, tmp_path, size, algo):
-    env = environment(root, toy, **SMALL, ALGO=algo, RUN_DIR=str(tmp_path / algo))
-    run_script(["bash", str(root / f"scripts/run_asyppo_qwen3_{size}.sh")], env)
-    (step,) = steps_of(tmp_path / algo)
+def test_symmetric_ppo_trains_on_prepared_data(root, toy, prepared, tmp_path):
+    """Data and reward are the defaults. Random models box no answer, but the critic's values make advantages."""
+    env = environment(root, toy, **SMALL, ALGO="ppo", DATA_DIR=str(prepared), RUN_DIR=str(tmp_path / "ppo"))
+    env = {key: value for key, value in env.items() if key not in DEFAULTS} | {"MAX_PROMPT": "512"}
+    run_script(["bash", str(root / "scripts/run_asyppo_qwen3_14b.sh")], env)
+    (step,) = steps_of(tmp_path / "ppo")
     assert not [key for key in step if key.startswith("asyppo/")]
-    assert ("critic/vf_loss" in step) == (algo == "ppo")
+    assert "critic/vf_loss" in step and step["critic/score/max"] == 0 and step["prompt_length/min"] > 100
     assert step["actor/grad_norm"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_grpo_trains_validates_and_saves(root, toy, tmp_path):
+    """The reward is one that random answers get now and then, since equal rewards make no advantages."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):\n"
+        "    score = float(sum(map(ord, solution_str)) % 2)\n"
+        "    return {'score': score, 'acc': score, 'pred': solution_str}\n"
+    )
+    often = {"VAL_BEFORE_TRAIN": "True", "TEST_FREQ": "1", "SAVE_FREQ": "1"}
+    env = environment(root, toy, **SMALL | often, ALGO="grpo", RUN_DIR=str(tmp_path / "grpo")) | {"REWARD": str(reward)}
+    run_script(["bash", str(root / "scripts/run_asyppo_qwen3_8b.sh"), "data.val_max_samples=32"], env)
+    before, step = steps_of(tmp_path / "grpo")
+    assert not [key for key in step if key.startswith("asyppo/") or key == "critic/vf_loss"]
+    assert step["critic/advantages/max"] > 0 > step["critic/advantages/min"]
+    assert step["actor/grad_norm"] > 0.01 and step["training/rollout_probs_diff_max"] < 1e-4
+    for metrics in (before, step):
+        assert 0 < metrics["val-core/toy_addition/acc/mean@4"] <= metrics["val-core/toy_addition/acc/best@4/mean"] <= 1
+    assert latest_step(tmp_path / "grpo/checkpoints") == 1
+    saved = tmp_path / "grpo/checkpoints/global_step_1"
+    assert (saved / "actor/model_world_size_1_rank_0.pt").is_file() and not (saved / "critic").exists()
 
 
 SHIMS = {
     # Slurm's commands, for a machine without Slurm: a step on a node is a process here.
-    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "srun": 'options=(); while [ "${1#--}" != "$1" ]; do options+=("$1"); shift; done\n'
+    'echo "${options[*]}" >> "$SRUN_OPTIONS"; exec "$@"',
     "scontrol": 'printf "first\\nsecond\\n"',
 }
 
@@ -264,6 +419,7 @@ def test_two_ray_nodes_under_slurm(root, toy, tmp_path):
         SLURM_JOB_NUM_NODES="2",
         SLURM_JOB_NODELIST="node[1-2]",
         SLURM_CPUS_ON_NODE="32",
+        SRUN_OPTIONS=str(tmp_path / "options"),
     )
     try:
         run = run_script(
@@ -274,6 +430,14 @@ def test_two_ray_nodes_under_slurm(root, toy, tmp_path):
     finally:
         shutil.rmtree(ray_dir, ignore_errors=True)
     assert "2 GPUs on 2 nodes" in run.stdout
+    common = "--nodes=1 --ntasks=1 --overlap"
+    assert (tmp_path / "options").read_text().splitlines() == [
+        f"{common} --nodelist=first",  # asks for its address
+        f"{common} --cpu-bind=none --cpus-per-task=32 --nodelist=first",
+        f"{common} --cpu-bind=none --cpus-per-task=32 --nodelist=second",
+    ]
+    requests = re.findall(r"^#SBATCH (.*)", (root / "recipe/asyppo/slurm.sh").read_text(), re.MULTILINE)
+    assert {"--exclusive", "--mem=0"} <= set(requests)
     (step,) = steps_of(tmp_path / "nodes")
     assert step["asyppo/critic_0/responses"] + step["asyppo/critic_1/responses"] == 64
     assert step["asyppo/sigma/mean"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4

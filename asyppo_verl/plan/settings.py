@@ -34,7 +34,10 @@ def _setting(default: Any, meaning: str, **options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every field but the models is an option of the command line, with the same name."""
+    """Every field but the models is an option of the command line, with the same name.
+
+    The defaults are those of the recipe, ``recipe/asyppo/run_qwen3.sh``.
+    """
 
     actor: Model
     critic: Model
@@ -56,10 +59,10 @@ class Settings:
     critic_epochs: int = _setting(4, "passes of a critic over its data (critic.ppo_epochs)")
     reference: bool = _setting(False, "a reference model for a KL term (actor.use_kl_loss, algorithm.use_kl_in_reward)")
 
-    actor_tokens: int = _setting(16384, "actor.ppo_max_token_len_per_gpu")
-    log_prob_tokens: int = _setting(32768, "rollout.log_prob_max_token_len_per_gpu, and that of ref")
-    critic_tokens: int = _setting(32768, "critic.ppo_max_token_len_per_gpu")
-    value_tokens: int = _setting(65536, "critic.forward_max_token_len_per_gpu")
+    actor_tokens: int = _setting(18432, "actor.ppo_max_token_len_per_gpu")
+    log_prob_tokens: int = _setting(36864, "rollout.log_prob_max_token_len_per_gpu, and that of ref")
+    critic_tokens: int = _setting(36864, "critic.ppo_max_token_len_per_gpu")
+    value_tokens: int = _setting(36864, "critic.forward_max_token_len_per_gpu")
     entropy_chunking: bool = _setting(False, "actor.entropy_from_logits_with_chunking")
     actor_sp: int = _setting(1, "actor.ulysses_sequence_parallel_size, and that of ref")
     critic_sp: int = _setting(1, "critic.ulysses_sequence_parallel_size")

@@ -35,7 +35,8 @@ UNIT = re.compile(r"(?<=[^\s{(=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*(?:\d|\{\d\}))
 BARE_SCRIPT = re.compile(r"([_^])(\w)")
 LETTER = re.compile(r"\(([A-Z])\)")
 
-BASED = re.compile(r"(?P<digits>[\dA-Z]+)_\{?(?P<base>\d+)\}?")
+# The first digit is a decimal one: S_3 and D_4 are groups, not numbers.
+BASED = re.compile(r"(?P<digits>\d[\dA-Z]*)_\{?(?P<base>\d+)\}?")
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,100})"
 NUMBER = re.compile(
@@ -119,8 +120,8 @@ def numbers(answer: str) -> list[Fraction]:
 
 
 def is_rounded(answer: str) -> bool:
-    """Whether a number is written with a decimal point or a power of ten, hence is exact to its digits only."""
-    return "." in answer or "10^" in answer
+    """Whether a number is written with a decimal point, hence is exact to its digits only; 10^6 and 3/4 are exact."""
+    return "." in answer
 
 
 def compare_text(truth: str, answer: str) -> bool | None:

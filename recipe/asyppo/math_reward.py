@@ -12,6 +12,7 @@ time and memory. They end with the reward worker, however that ends.
     +reward.custom_reward_function.reward_kwargs.seconds=2      # time for one answer
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -22,6 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from recipe.asyppo.answer_text import canonical, compare_text, last_boxed, tidy
+
+if importlib.util.find_spec("math_verify") is None:
+    # Raised in a call it would be one more response without a score: verl logs that, and trains on.
+    raise ImportError(
+        "recipe.asyppo.math_reward needs math-verify, which is not installed: pip install 'verl[vllm,fsdp,math]==0.9.1', "
+        "or only pip install 'math-verify[antlr4_9_3]', on every node"
+    )
 
 # Longer than any ground truth by far; a longer answer is wrong without being read.
 LONGEST_ANSWER = 1000

@@ -16,6 +16,14 @@ NAME=${NAME:-qwen3}
 ALGO=${ALGO:-asyppo}
 RUN_DIR=$(realpath -m "${RUN_DIR:-$ROOT/runs/${NAME}_$ALGO}") # on several nodes: on storage that all of them see
 DATA_DIR=$(realpath -m "${DATA_DIR:-$ROOT/data/asyppo}")      # written by python -m recipe.asyppo.prepare_data
+# Relative names are those of the caller; what is no file here may be a name on the hub.
+for variable in TRAIN_FILES VAL_FILES REWARD ACTOR_MODEL CRITIC_MODEL; do
+    IFS=, read -ra names <<< "${!variable:-}"
+    for i in "${!names[@]}"; do
+        if [ -e "${names[i]}" ]; then names[i]=$(realpath -s "${names[i]}"); fi
+    done
+    printf -v "$variable" %s "$(IFS=, && printf %s "${names[*]}")"
+done
 cd "$ROOT"
 
 case ${GPU_GB:-80} in
@@ -38,6 +46,17 @@ ACTOR_MODEL=${ACTOR_MODEL:?the actor: a folder or hub repository in Hugging Face
 CRITIC_MODEL=${CRITIC_MODEL:?the mini-critics: a folder or hub repository in Hugging Face format}
 TRAIN_FILES=${TRAIN_FILES:-$DATA_DIR/train/deepmath.parquet}
 VAL_FILES=${VAL_FILES:-$(printf '%s,' "$DATA_DIR"/eval/*.parquet)}
+REWARD=${REWARD:-$ROOT/recipe/asyppo/math_reward.py}
+# They stand in overrides without quotes, where some characters have a meaning of their own.
+for variable in RUN_DIR DATA_DIR TRAIN_FILES VAL_FILES REWARD ACTOR_MODEL CRITIC_MODEL; do
+    value=${!variable}
+    if [[ $variable == *_FILES ]]; then value=${value//,/}; fi # a comma stands between files
+    refused=$(printf %s "$value" | LC_ALL=C tr -d 'A-Za-z0-9_/.+%*@?|: -')
+    if [ -n "$refused" ]; then
+        echo "$variable=${!variable}: hydra does not take these characters in a name: $refused; choose a name without them" >&2
+        exit 2
+    fi
+done
 LOGGER=${LOGGER:-console,file} # add wandb, tensorboard, ...
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -66,7 +85,7 @@ DATA=(
     data.max_response_length="$MAX_RESPONSE"
     data.filter_overlong_prompts=True
     data.truncation=error
-    reward.custom_reward_function.path="${REWARD:-$ROOT/recipe/asyppo/math_reward.py}"
+    reward.custom_reward_function.path="$REWARD"
 )
 MODEL=(
     actor_rollout_ref.model.path="$ACTOR_MODEL"

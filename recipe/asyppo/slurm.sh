@@ -10,6 +10,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 export NNODES=${SLURM_JOB_NUM_NODES:?start this with sbatch}
@@ -24,9 +25,11 @@ export RAY_AUTH_TOKEN
 mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 ON_NODE=(srun --nodes=1 --ntasks=1 --overlap)
+# A task gets one CPU, and is bound to it, unless it asks for more; Ray's workers need them all.
+ALL_CPUS=(--cpu-bind=none ${SLURM_CPUS_ON_NODE:+--cpus-per-task="$SLURM_CPUS_ON_NODE"})
 start_ray() { # node, then arguments of ray start
-    "${ON_NODE[@]}" --nodelist="$1" "${RAY[@]}" start --block --disable-usage-stats --num-gpus="$N_GPUS" \
-        ${SLURM_CPUS_ON_NODE:+--num-cpus="$SLURM_CPUS_ON_NODE"} "${@:2}" &
+    "${ON_NODE[@]}" "${ALL_CPUS[@]}" --nodelist="$1" "${RAY[@]}" start --block --disable-usage-stats \
+        --num-gpus="$N_GPUS" ${SLURM_CPUS_ON_NODE:+--num-cpus="$SLURM_CPUS_ON_NODE"} "${@:2}" &
     RAY_PIDS+=($!)
 }
 RAY_PIDS=()
