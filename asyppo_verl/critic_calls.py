@@ -118,5 +118,5 @@ class CriticCalls:
             lengths = torch.tensor([length_of[key] for key in keys], dtype=torch.int64)
             workload = calculate_workload(lengths).tolist()
             dealt = get_seqlen_balanced_partitions(workload, k_partitions=self._data_parallel, equal_size=True)
-            parts.append([[keys[i] for i in sorted(part)] for part in dealt])
+            parts.append([[keys[i] for i in part] for part in dealt])
         return layout.rank_major(parts)

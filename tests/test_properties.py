@@ -70,7 +70,7 @@ def dealt(responses: int, padding: int, seq_lens: list[int], mini_batch: int, nu
     for step in mini_batches(rows, mini_batch):
         workload = calculate_workload(torch.tensor([seq_lens[row] for row in step])).tolist()
         cut = get_seqlen_balanced_partitions(workload, k_partitions=num_ranks, equal_size=True)
-        parts.append([[step[i] for i in sorted(part)] for part in cut])
+        parts.append([[step[i] for i in part] for part in cut])
     return rank_major(parts)
 
 
