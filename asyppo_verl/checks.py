@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from asyppo_verl.choice_checks import check_choices
 from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, nearest
-from asyppo_verl.number_checks import check_numbers
-from asyppo_verl.placement import check_placement, critic_ranks, fitting_ranks, ranks_key
+from asyppo_verl.number_checks import check_numbers, is_count
+from asyppo_verl.placement import check_placement
 
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 """verl's trainers, ``trainer.v1.trainer_mode``."""
@@ -20,15 +21,15 @@ def check_against_verl(config: Any, asyppo: AsyPPOConfig) -> None:
         raise ValueError(
             "trainer.use_v1=False: AsyPPO needs verl's V1 trainer; remove the override or set trainer.use_v1=True"
         )
-    mode = str(config.trainer.v1.trainer_mode).removeprefix(TRAINER_PREFIX)
+    mode = trainer_mode(config)
     if mode not in TRAINER_MODES:
         raise ValueError(
             f"trainer.v1.trainer_mode={mode!r} is not a trainer of verl{nearest(mode, TRAINER_MODES)}; "
             f"set one of {', '.join(TRAINER_MODES)}"
         )
-    if config.critic.enable is False:
+    if config.critic.enable not in (None, True):
         raise ValueError(
-            "critic.enable=False: AsyPPO is PPO with critics; remove the override, or use adv_estimator=grpo"
+            f"critic.enable={config.critic.enable}: AsyPPO is PPO with critics; remove the override, or use adv_estimator=grpo"
         )
     if config.critic.strategy not in ("fsdp", "fsdp2"):
         raise ValueError(f"critic.strategy={config.critic.strategy!r}: the mini-critics run on FSDP; set fsdp or fsdp2")
@@ -36,39 +37,23 @@ def check_against_verl(config: Any, asyppo: AsyPPOConfig) -> None:
         raise ValueError(
             "distillation.enabled=True cannot be combined with AsyPPO, whose actor loss replaces verl's; disable it"
         )
-    if config.critic.model.get("lora_rank", 0) > 0 or config.critic.model.get("lora_adapter_path"):
-        raise ValueError(
-            f"critic.model.lora_rank={config.critic.model.get('lora_rank')}: verl freezes the value head of a LoRA critic, "
-            "which would then never learn; set critic.model.lora_rank=0"
-        )
     check_numbers(config)
-    _check_checkpoints(config)
+    check_choices(config)
     _check_loss_mode(config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla"), asyppo)
     check_placement(config, asyppo)
-    _check_batch_sizes(config, asyppo)
-
-
-CHECKPOINT_CONTENTS = ("model", "optimizer", "extra", "hf_model")
-"""What verl's checkpoints can hold."""
-
-
-def _check_checkpoints(config: Any) -> None:
-    if config.trainer.get("remove_previous_ckpt_in_save"):
+    if mode == "separate_async":
+        _check_separate_async(config)
+    n = config.actor_rollout_ref.rollout.n
+    if asyppo.shard == "group" and n < asyppo.num_critics:
         raise ValueError(
-            "trainer.remove_previous_ckpt_in_save=True removes the last checkpoint before the next one is whole; remove it "
-            "and set trainer.max_actor_ckpt_to_keep=1 and trainer.max_critic_ckpt_to_keep=1"
+            f"actor_rollout_ref.rollout.n={n} is below asyppo.num_critics={asyppo.num_critics}: every mini-critic needs a "
+            "response of every prompt; raise n or lower num_critics"
         )
-    if not config.trainer.default_local_dir:
-        raise ValueError(
-            f"trainer.default_local_dir={config.trainer.default_local_dir!r} must name the folder for checkpoints"
-        )
-    for key in ("save_contents", "load_contents"):
-        for name in config.critic.checkpoint[key]:
-            if name not in CHECKPOINT_CONTENTS:
-                raise ValueError(
-                    f"critic.checkpoint.{key} names {name!r}, which verl would leave out in silence"
-                    f"{nearest(name, CHECKPOINT_CONTENTS)}; valid: {', '.join(CHECKPOINT_CONTENTS)}"
-                )
+
+
+def trainer_mode(config: Any) -> str:
+    """The mode as verl calls it, before and after :func:`asyppo_verl.preflight.prepare`."""
+    return str(config.trainer.v1.trainer_mode).removeprefix(TRAINER_PREFIX)
 
 
 def _check_loss_mode(loss_mode: str, asyppo: AsyPPOConfig) -> None:
@@ -79,33 +64,33 @@ def _check_loss_mode(loss_mode: str, asyppo: AsyPPOConfig) -> None:
         )
 
 
-def _check_batch_sizes(config: Any, asyppo: AsyPPOConfig) -> None:
-    n, num_critics = config.actor_rollout_ref.rollout.n, asyppo.num_critics
-    if asyppo.shard == "group" and n < num_critics:
+def _check_separate_async(config: Any) -> None:
+    """What verl asserts when its trainer starts, long after Ray has."""
+    rollout, reward_model = config.actor_rollout_ref.rollout, config.reward.reward_model
+    batch, mini_batch = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
+    steps = config.trainer.v1.separate_async.parameter_sync_step
+    if not is_count(steps) or batch != steps * mini_batch:
         raise ValueError(
-            f"actor_rollout_ref.rollout.n={n} is below asyppo.num_critics={num_critics}: every mini-critic needs a response "
-            "of every prompt; raise n or lower num_critics"
+            f"data.train_batch_size={batch} is not trainer.v1.separate_async.parameter_sync_step={steps!r} * "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch}, which trainer_mode=separate_async needs; "
+            f"set data.train_batch_size={steps * mini_batch if is_count(steps) else mini_batch}"
+            + ("" if is_count(steps) else " and parameter_sync_step=1")
         )
-    mini_batch, micro_batch = config.critic.ppo_mini_batch_size, config.critic.ppo_micro_batch_size_per_gpu
-    responses = mini_batch * n
-    data_parallel = critic_ranks(config, asyppo) // config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
-    share = asyppo.num_shards * (1 if config.critic.use_dynamic_bsz else (micro_batch or 1))
-    if responses % (share * data_parallel):
-        ranks = fitting_ranks(config, asyppo) if responses % share == 0 else ""
+    for key in ("nnodes", "n_gpus_per_node"):
+        if not is_count(rollout[key]):
+            raise ValueError(
+                f"actor_rollout_ref.rollout.{key}={rollout[key]!r}: trainer_mode=separate_async generates on GPUs of its own; "
+                "set it to 1 or more"
+            )
+    if rollout.checkpoint_engine.backend == "naive":
         raise ValueError(
-            f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
-            f"{asyppo.num_shards} shards x {data_parallel} data-parallel ranks"
-            + ("" if config.critic.use_dynamic_bsz else f" x critic.ppo_micro_batch_size_per_gpu={micro_batch}")
-            + f"; make the product of the first two a multiple of {share * data_parallel}"
-            + (f", or give the critics {ranks} GPUs ({ranks_key(asyppo)})" if ranks else "")
+            "actor_rollout_ref.rollout.checkpoint_engine.backend='naive' cannot carry weights to the separate rollout of "
+            "trainer_mode=separate_async; set nccl, or another of verl's"
         )
-    infer = config.critic.get("ppo_infer_micro_batch_size_per_gpu") or config.critic.get(
-        "forward_micro_batch_size_per_gpu"
-    )
-    if not config.critic.use_dynamic_bsz and infer and responses % (data_parallel * infer):
+    if reward_model.enable and not reward_model.enable_resource_pool:
         raise ValueError(
-            f"critic.forward_micro_batch_size_per_gpu={infer} does not divide the {responses} responses of a critic "
-            f"mini-batch on {data_parallel} data-parallel ranks; choose a divisor of {responses // data_parallel}"
+            "reward.reward_model.enable_resource_pool=False: with trainer_mode=separate_async a reward model needs GPUs of "
+            "its own; set it to True, with reward.reward_model.nnodes and n_gpus_per_node"
         )
 
 

@@ -11,6 +11,9 @@ ESTIMATOR = "asyppo"
 SUPPORTED_VERL = ("0.9.0", "0.9.1")
 """The verl releases that this package is tested with."""
 
+PLUGIN_MODULE = "asyppo_verl.plugin"
+"""What a process imports to know AsyPPO."""
+
 TRAINER_PREFIX = "asyppo_"
 """Ours are called "asyppo_sync" and so on, names that only a process with the plugin knows."""
 
@@ -20,10 +23,8 @@ OVERRIDABLE = (
     "fsdp",
     "use_dynamic_bsz",
     "ppo_max_token_len_per_gpu",
-    "ppo_infer_max_token_len_per_gpu",
     "forward_max_token_len_per_gpu",
     "ppo_micro_batch_size_per_gpu",
-    "ppo_infer_micro_batch_size_per_gpu",
     "forward_micro_batch_size_per_gpu",
 )
 """Keys of verl's ``critic`` node that a single mini-critic may have to itself: how it is built and fed, not its loss."""

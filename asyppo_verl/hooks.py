@@ -11,6 +11,7 @@ import wrapt
 from asyppo_verl import cpu, preflight
 from asyppo_verl.config import ESTIMATOR
 from asyppo_verl.cpu import platform as cpu_platform
+from asyppo_verl.file_checks import check_paths
 
 _is_active = False
 
@@ -54,9 +55,9 @@ def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> An
     config = args[0] if args else kwargs["config"]
     if preflight.is_asyppo(config):
         preflight.prepare(config)
-        preflight.check_paths(config)
+        check_paths(config)
     else:
-        preflight.refuse_other_spelling(config)
+        preflight.pass_over(config)
     return wrapped(*args, **kwargs)
 
 

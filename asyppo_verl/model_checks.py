@@ -12,13 +12,16 @@ from asyppo_verl.weights import check_weights
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 """Beginnings of the names under which tokenizers are stored."""
 
+HUB_SECONDS = 5
+"""For the hub to answer whether it has a model."""
+
 
 def check_models(actor_model: DictConfig, critic_models: Sequence[tuple[str, DictConfig]]) -> tuple[Any, list[Any]]:
     """Read the configurations of all models, and refuse those that do not go together.
 
     Args:
         actor_model: verl's ``actor_rollout_ref.model`` node.
-        critic_models: for each critic the key above its ``model`` node, for messages, and the node.
+        critic_models: for each critic the setting that names its model, for messages, and verl's ``model`` node.
 
     Returns:
         The model configurations of the actor and of every critic.
@@ -28,8 +31,7 @@ def check_models(actor_model: DictConfig, critic_models: Sequence[tuple[str, Dic
     """
     actor = _load_config("actor_rollout_ref.model.path", actor_model)
     loaded: dict[str, Any] = {}
-    for node_key, model in critic_models:
-        key = f"{node_key}.model.path"
+    for key, model in critic_models:
         if model.path in loaded:
             continue
         loaded[model.path] = critic = _load_config(key, model)
@@ -47,7 +49,12 @@ def _load_config(key: str, model: DictConfig) -> Any:
 
     if not model.path or not isinstance(model.path, str):
         raise ValueError(f"{key}={model.path!r} must name a folder or hub repository in Hugging Face format")
+    if model.path.startswith(("/", "~", ".")) and not os.path.exists(model.path):
+        raise ValueError(f"{key}={model.path} does not exist; name a folder or hub repository in Hugging Face format")
+    if model.path.endswith("/"):
+        raise ValueError(f"{key}={model.path} ends with a slash, which verl refuses; remove it")
     try:
+        ask_hub(model.path)
         path = copy_to_local(model.path, use_shm=model.get("use_shm", False))
         loaded = AutoConfig.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
     except (OSError, ValueError) as error:
@@ -58,6 +65,32 @@ def _load_config(key: str, model: DictConfig) -> Any:
     if os.path.isdir(path):
         check_weights(key, Path(path))
     return loaded
+
+
+def ask_hub(name: str) -> None:
+    """Ask once whether a model that is not on this machine can be fetched; its library would ask for half a minute.
+
+    Raises:
+        OSError: if no hub answers. One that answers no is left to the library, which says why.
+    """
+    import httpx
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # verl can be told to fetch from another hub, and the libraries to fetch from none.
+    is_asked_elsewhere = os.environ.get("VERL_USE_MODELSCOPE", "").lower() == "true" or constants.HF_HUB_OFFLINE
+    if is_asked_elsewhere or os.path.exists(name) or "://" in name or name.startswith(("/", "~", ".")):
+        return
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        return
+    except httpx.TransportError as error:
+        raise OSError(
+            f"it is no folder here, not in the cache, and {constants.ENDPOINT} cannot be asked: {error}"
+        ) from error
 
 
 def _check_vocabulary(actor_model: DictConfig, key: str, model: DictConfig, actor: Any, critic: Any) -> None:
@@ -86,6 +119,12 @@ def _vocabulary(key: str, path: str, model: DictConfig) -> dict[str, int] | None
     from transformers import AutoTokenizer
     from verl.utils.fs import copy_to_local
 
+    try:
+        ask_hub(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={path} has no tokenizer ({str(error).splitlines()[0]}); name a folder with one"
+        ) from error
     local_path = copy_to_local(path, use_shm=model.get("use_shm", False))
     is_local = os.path.isdir(local_path)
     # transformers would make up an empty tokenizer for a folder without one.

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, shard_mini_batch_size
+from asyppo_verl.number_checks import is_count, is_number
 
 
 def critic_ranks(config: Any, asyppo: AsyPPOConfig) -> int:
@@ -47,40 +48,63 @@ def check_placement(config: Any, asyppo: AsyPPOConfig) -> None:
         raise ValueError(
             f"asyppo.placement=split cannot deal the {pool.ranks} GPUs of asyppo.pool (n_gpus_per_node="
             f"{pool.n_gpus_per_node} * nnodes={pool.nnodes}) to asyppo.num_critics={asyppo.num_critics} evenly; "
-            f"{fitting_ranks(config, asyppo)} GPUs would do, or asyppo.placement=pool"
+            f"{fitting_ranks(config, asyppo, config.critic)} GPUs would do, or asyppo.placement=pool"
         )
-    _check_sharding(config, asyppo)
+    _check_sequence_parallel(config, asyppo)
     _check_total(config, asyppo)
 
 
-def fitting_ranks(config: Any, asyppo: AsyPPOConfig) -> str:
-    """Numbers of GPUs on which the critics could cut their mini-batches evenly, as text for a message."""
-    sequence_parallel = config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
+def fitting_ranks(config: Any, asyppo: AsyPPOConfig, critic: Any) -> str:
+    """Numbers of GPUs on which ``critic`` could cut its mini-batches evenly, as text for a message."""
+    sequence_parallel = critic.fsdp.ulysses_sequence_parallel_size
     unit = sequence_parallel * (asyppo.num_critics if asyppo.placement == "split" else 1)
     rows = shard_mini_batch_size(config, asyppo)
-    if not config.critic.use_dynamic_bsz:
-        rows //= config.critic.ppo_micro_batch_size_per_gpu or 1
+    micro_batch = critic.ppo_micro_batch_size_per_gpu
+    if not critic.use_dynamic_bsz and is_count(micro_batch):
+        rows //= micro_batch
     present = asyppo.pool.ranks if asyppo.critics_are_apart else critic_ranks(config, asyppo)
     return _listed(count * unit for count in range(1, max(1, 2 * present // unit) + 1) if rows % count == 0)
 
 
-def _check_sharding(config: Any, asyppo: AsyPPOConfig) -> None:
-    ranks = critic_ranks(config, asyppo)
-    sequence_parallel = config.critic.fsdp.get("ulysses_sequence_parallel_size", 1)
-    if ranks % sequence_parallel:
+def check_sharding(key: str, size: int, strategy: tuple[str, str], ranks: int, place: str) -> None:
+    """Refuse a size of FSDP's sharding groups with which the GPUs do not come out even, or do not train together.
+
+    Args:
+        key, size: the setting and its value, negative for all GPUs.
+        strategy: the setting that chooses FSDP's version, and its value.
+        ranks: the GPUs that there are.
+        place: whose they are, for a message.
+
+    Raises:
+        ValueError: naming key, value, and numbers that would work.
+    """
+    if 0 <= size < ranks and (size == 0 or ranks % size):
         raise ValueError(
-            f"critic.fsdp.ulysses_sequence_parallel_size={sequence_parallel} does not divide the {ranks} GPUs that a critic "
+            f"{key}={size} does not divide the {ranks} GPUs {place}; set one of "
+            f"{_listed(_divisors(ranks))} (1: a whole copy on every GPU), or -1 for all of them"
+        )
+    if strategy[1] == "fsdp" and size == 1 < ranks:
+        # torch's FSDP1 takes ranks in groups of one for alone, and never averages their gradients.
+        raise ValueError(
+            f"{key}=1 with {strategy[0]}=fsdp: each of the {ranks} GPUs {place} would train a copy of its own that is "
+            f"never averaged with the others; set {strategy[0]}=fsdp2, or {key}=-1"
+        )
+
+
+def check_actor_sharding(actor: Any, ranks: int) -> None:
+    """The same for verl's ``actor`` node, which shares the cause."""
+    prefix = "actor_rollout_ref.actor"
+    strategy, place = (f"{prefix}.strategy", actor.strategy), "of trainer.nnodes * trainer.n_gpus_per_node"
+    check_sharding(f"{prefix}.fsdp_config.fsdp_size", actor.fsdp_config.fsdp_size, strategy, ranks, place)
+
+
+def _check_sequence_parallel(config: Any, asyppo: AsyPPOConfig) -> None:
+    ranks, size = critic_ranks(config, asyppo), config.critic.fsdp.ulysses_sequence_parallel_size
+    if ranks % size:
+        raise ValueError(
+            f"critic.fsdp.ulysses_sequence_parallel_size={size} does not divide the {ranks} GPUs that a critic "
             f"has ({ranks_key(asyppo)}); set one of {_listed(_divisors(ranks))}"
         )
-    for index in range(asyppo.num_critics):
-        own = asyppo.critic_overrides.get(index, {}).get("fsdp", {}).get("fsdp_size")
-        size = config.critic.fsdp.get("fsdp_size", -1) if own is None else own
-        if 0 <= size < ranks and (size == 0 or ranks % size):
-            key = "critic.fsdp.fsdp_size" if own is None else f"asyppo.critic_overrides.{index}.fsdp.fsdp_size"
-            raise ValueError(
-                f"{key}={size} does not divide the {ranks} GPUs that critic {index} has ({ranks_key(asyppo)}); set one of "
-                f"{_listed(_divisors(ranks))} (1: a whole copy on every GPU), or -1 for all of them"
-            )
 
 
 def _check_total(config: Any, asyppo: AsyPPOConfig) -> None:
@@ -88,6 +112,10 @@ def _check_total(config: Any, asyppo: AsyPPOConfig) -> None:
     present = config.get("ray_kwargs", {}).get("ray_init", {}).get("num_gpus")
     if not asyppo.critics_are_apart or present is None:
         return
+    if not is_number(present):
+        raise ValueError(
+            f"ray_kwargs.ray_init.num_gpus={present!r} must be a number; remove it to let Ray count the GPUs"
+        )
     needed = {
         "trainer": config.trainer.n_gpus_per_node * config.trainer.nnodes,
         "asyppo.pool": asyppo.pool.ranks,

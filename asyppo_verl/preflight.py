@@ -1,6 +1,5 @@
 """What happens to an AsyPPO configuration in the driver, before Ray starts: checks, then the settings that verl needs."""
 
-import copy
 import importlib.metadata
 import logging
 import os
@@ -11,38 +10,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from asyppo_verl.checkpoint import critic_folders
-from asyppo_verl.checks import check_against_verl, notices
-from asyppo_verl.config import ESTIMATOR, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
+from asyppo_verl.checkpoint_checks import check_checkpoints, checkpoint_notices
+from asyppo_verl.checks import check_against_verl, notices, trainer_mode
+from asyppo_verl.config import ESTIMATOR, PLUGIN_MODULE, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
+from asyppo_verl.critic_checks import check_build, check_critic
+from asyppo_verl.critic_nodes import critic_node as critic_node  # the trainer builds its critics from the same nodes
+from asyppo_verl.critic_nodes import critic_nodes
+from asyppo_verl.file_checks import check_exists
+from asyppo_verl.kind_checks import check_kinds
 from asyppo_verl.model_checks import check_models
-from asyppo_verl.number_checks import check_critic_numbers
-from asyppo_verl.placement import critic_ranks
+from asyppo_verl.placement import check_actor_sharding, critic_ranks
 from asyppo_verl.resume import SIZES, Part, check_whole, resume_target
+from asyppo_verl.spelling import check_estimator, check_places
 
 logger = logging.getLogger(__name__)
-
-PLUGIN_MODULE = "asyppo_verl.plugin"
-
-
-PATHS = (
-    "data.train_files",
-    "data.val_files",
-    "reward.custom_reward_function.path",
-    "actor_rollout_ref.model.tokenizer_path",
-    "critic.model.tokenizer_path",
-)
-"""Settings that name files which verl would only look for when everything has been started."""
 
 
 def is_asyppo(config: DictConfig) -> bool:
     """True if ``algorithm.adv_estimator`` is asyppo."""
     return str(config.algorithm.adv_estimator) == ESTIMATOR
-
-
-def refuse_other_spelling(config: DictConfig) -> None:
-    """Raises ValueError if the estimator is "AsyPPO" or the like, which verl would only miss after its first rollout."""
-    name = str(config.algorithm.adv_estimator)
-    if name.lower().replace("_", "").replace("-", "") == ESTIMATOR:
-        raise ValueError(f"algorithm.adv_estimator={name!r} is not an estimator; it is spelt {ESTIMATOR}")
 
 
 def read_config(config: DictConfig) -> AsyPPOConfig:
@@ -53,32 +39,6 @@ def read_config(config: DictConfig) -> AsyPPOConfig:
             f"asyppo={node!r} must be a mapping such as {{num_critics: 2}}; set single keys: +asyppo.num_critics=2"
         )
     return AsyPPOConfig.from_node(node and cast(dict, OmegaConf.to_container(node, resolve=True)))
-
-
-def critic_node(config: DictConfig, asyppo: AsyPPOConfig, index: int) -> DictConfig:
-    """verl's ``critic`` node with the overrides of mini-critic ``index`` merged in.
-
-    Raises:
-        ValueError: if an override names a key that verl's critic node does not have.
-    """
-    overrides = asyppo.critic_overrides.get(index)
-    if not overrides:
-        return config.critic
-    # Merged from the root, so that verl's interpolations still resolve.
-    merged = copy.deepcopy(config)
-    OmegaConf.set_struct(merged, True)
-    OmegaConf.set_struct(merged.critic.model.override_config, False)
-    try:
-        merged.merge_with({"critic": overrides})
-    except OmegaConfBaseException as error:
-        raise ValueError(f"asyppo.critic_overrides.{index}: {error}") from error
-    key = "ulysses_sequence_parallel_size"
-    if merged.critic.fsdp[key] != config.critic.fsdp[key]:
-        raise ValueError(
-            f"asyppo.critic_overrides.{index}.fsdp.{key}={merged.critic.fsdp[key]}: critic {index} gets its data together "
-            f"with the others, so all need critic.fsdp.{key}={config.critic.fsdp[key]}; remove the override"
-        )
-    return merged.critic
 
 
 def is_supported_verl() -> bool:
@@ -102,23 +62,45 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
         ValueError: naming key, value and cure.
     """
     check_verl_version()
-    asyppo = read_config(config)
-    check_against_verl(config, asyppo)
-    _check_critics(config, asyppo)
-    for notice in notices(config, asyppo):
+    check_places(config)
+    try:
+        check_kinds(config)
+        asyppo = read_config(config)
+        check_against_verl(config, asyppo)
+        check_checkpoints(config)
+        resumed = _check_workers(config, asyppo)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere, a value that is missing
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value") from error
+    for notice in [*notices(config, asyppo), *checkpoint_notices(config)]:
         logger.warning(notice)
 
     with open_dict(config):
         config.critic.enable = True
         # A process without the plugin does not know this name, so it stops instead of training something else.
-        mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
-        config.trainer.v1.trainer_mode = TRAINER_PREFIX + mode
+        config.trainer.v1.trainer_mode = TRAINER_PREFIX + trainer_mode(config)
+        if config.trainer.resume_mode == "resume_path":
+            # verl reads the step from the end of the path, where a slash would be in its way.
+            config.trainer.resume_from_path = os.path.abspath(str(resumed))
     # verl swallows the errors of entry points, but not those of the modules named here.
     key = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
     modules = OmegaConf.select(config, key) or os.environ.get("VERL_USE_EXTERNAL_MODULES", "")
     names = [name for name in modules.split(",") if name and name != PLUGIN_MODULE]
     OmegaConf.update(config, key, ",".join([*names, PLUGIN_MODULE]), force_add=True)
     return asyppo
+
+
+def pass_over(config: DictConfig) -> None:
+    """A run with another estimator: its name is checked, and that AsyPPO's settings are idle is said.
+
+    Raises:
+        ValueError: if the estimator is a misspelt asyppo.
+    """
+    check_estimator(config)
+    if config.get("asyppo") is not None:
+        logger.warning(
+            f"the settings below asyppo are idle with algorithm.adv_estimator={config.algorithm.adv_estimator}; they act with "
+            "algorithm.adv_estimator=asyppo"
+        )
 
 
 def _check_sequence_parallel(size: int, models: list[DictConfig]) -> None:
@@ -140,39 +122,26 @@ def _check_sequence_parallel(size: int, models: list[DictConfig]) -> None:
             )
 
 
-def check_paths(config: DictConfig) -> None:
-    """Raises ValueError if a file of :data:`PATHS` is missing; with several nodes it need not be on this one."""
-    if config.trainer.nnodes > 1:
-        return
-    for key in PATHS:
-        value = OmegaConf.select(config, key)
-        for path in value if OmegaConf.is_list(value) else [value]:
-            is_repository = key.endswith("tokenizer_path") and not str(path).startswith(("/", "~", "."))
-            if path and "://" not in path and not is_repository and not os.path.exists(os.path.expanduser(path)):
-                raise ValueError(f"{key}={path} does not exist; name one that does")
-
-
-def _check_critics(config: DictConfig, asyppo: AsyPPOConfig) -> None:
-    """What every single critic is asked, its overrides merged in; then the checkpoint that all will resume from."""
-    longest = config.data.max_prompt_length + config.data.max_response_length
-    nodes, models = [], []
-    for index in range(asyppo.num_critics):
-        own = asyppo.critic_overrides.get(index, {})
-        nodes.append(critic_node(config, asyppo, index))
-        check_critic_numbers(f"asyppo.critic_overrides.{index}" if own else "critic", nodes[-1], longest)
-        has_model = bool(own.get("model", {}).get("path"))
-        models.append((f"asyppo.critic_overrides.{index}" if has_model else "critic", nodes[-1].model))
-    _check_sequence_parallel(
-        config.critic.fsdp.get("ulysses_sequence_parallel_size", 1), [node.model for node in nodes]
-    )
-    actor = config.actor_rollout_ref
-    loaded_actor, loaded = check_models(actor.model, models)
-    _notice_equal_heads(nodes, loaded)
-    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+def _check_workers(config: DictConfig, asyppo: AsyPPOConfig) -> Path | None:
+    """What actor and critics are asked, each critic with its own settings; then the checkpoint that all resume from."""
+    actor, ranks = config.actor_rollout_ref, config.trainer.nnodes * config.trainer.n_gpus_per_node
+    if actor.actor.strategy in ("fsdp", "fsdp2"):
+        check_actor_sharding(actor.actor, ranks)
+    nodes = critic_nodes(config, asyppo)
+    for node in nodes:
+        check_critic(node, config, asyppo)
+        if config.trainer.nnodes == 1:
+            check_exists(node.key("model.tokenizer_path"), node.config.model.get("tokenizer_path"))
+    _check_sequence_parallel(config.critic.fsdp.ulysses_sequence_parallel_size, [node.config.model for node in nodes])
+    loaded_actor, loaded = check_models(actor.model, [(node.key("model.path"), node.config.model) for node in nodes])
+    check_build(actor.model, lambda key: key)
+    for node in {id(node.config): node for node in nodes}.values():
+        check_build(node.config, node.whole_key)
+    _notice_equal_heads([node.config for node in nodes], loaded)
     parts = [_part("actor", ranks, actor.actor, actor.model, loaded_actor)]
     for name, node, model in zip(critic_folders(len(nodes)), nodes, loaded, strict=True):
-        parts.append(_part(f"critic/{name}", critic_ranks(config, asyppo), node, node.model, model))
-    _check_resume(config.trainer, parts)
+        parts.append(_part(f"critic/{name}", critic_ranks(config, asyppo), node.config, node.config.model, model))
+    return _check_resume(config.trainer, parts)
 
 
 def _notice_equal_heads(nodes: list[DictConfig], loaded: list[Any]) -> None:
@@ -189,11 +158,12 @@ def _notice_equal_heads(nodes: list[DictConfig], loaded: list[Any]) -> None:
         )
 
 
-def _check_resume(trainer: DictConfig, parts: list[Part]) -> None:
+def _check_resume(trainer: DictConfig, parts: list[Part]) -> Path | None:
     """Look at the checkpoint that the run will resume from, if it can be seen from here."""
     target = resume_target(trainer.resume_mode, Path(trainer.default_local_dir), trainer.resume_from_path)
     if target is not None:
         check_whole(target, parts)
+    return target
 
 
 def _part(folder: str, ranks: int, worker: DictConfig, model: DictConfig, loaded: Any) -> Part:

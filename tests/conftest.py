@@ -82,13 +82,10 @@ def uninterrupted(root: Path, task: Path, tmp_path_factory: pytest.TempPathFacto
     return replay(root, task, tmp_path_factory.mktemp("run") / "uninterrupted")
 
 
-@pytest.fixture
-def compose(toy: Path):
-    """Compose verl's configuration for AsyPPO on the toy task, with overrides."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-
-    base = [
+@pytest.fixture(scope="session")
+def base_overrides(toy: Path) -> list[str]:
+    """A command line for AsyPPO on the toy task."""
+    return [
         "algorithm.adv_estimator=asyppo",
         f"actor_rollout_ref.model.path={toy}/actor",
         "actor_rollout_ref.actor.strategy=fsdp2",
@@ -107,8 +104,15 @@ def compose(toy: Path):
         "trainer.device=cpu",
     ]
 
-    def composed(*overrides: str):
+
+@pytest.fixture
+def compose(base_overrides: list[str]):
+    """Compose verl's configuration for AsyPPO on the toy task, with overrides."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    def composed(*more: str):
         with initialize_config_module("verl.trainer.config", version_base=None):
-            return hydra_compose("ppo_trainer", overrides=[*base, *overrides])
+            return hydra_compose("ppo_trainer", overrides=[*base_overrides, *more])
 
     return composed

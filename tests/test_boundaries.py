@@ -8,17 +8,28 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "asyppo_verl"
 MATH, CONFIG = {"asyppo", "metrics"}, {"config", "layout"}
+CONFIG_CHECKS = {"checks", "checkpoint_checks", "critic_checks", "file_checks", "kind_checks", "spelling"}
 ALLOWED = {
     # module: (third-party packages it may import, our modules it may import)
     "asyppo": ({"torch"}, set()),
     "metrics": ({"torch"}, {"asyppo"}),
     "layout": (set(), set()),
     "config": (set(), set()),
-    "checks": (set(), {"config", "placement", "number_checks"}),
-    "placement": (set(), {"config"}),
+    "checks": (set(), {"config", "placement", "number_checks", "choice_checks"}),
+    "choice_checks": ({"verl"}, {"config", "critic_nodes"}),
+    "checkpoint_checks": (set(), {"config"}),
+    "critic_checks": (
+        {"hydra", "omegaconf", "verl"},
+        {"config", "choice_checks", "critic_nodes", "kind_checks", "number_checks", "placement"},
+    ),
+    "critic_nodes": ({"omegaconf"}, {"config"}),
+    "file_checks": ({"omegaconf", "pyarrow"}, {"config"}),
+    "kind_checks": ({"omegaconf"}, {"number_checks"}),
+    "placement": (set(), {"config", "number_checks"}),
+    "spelling": ({"omegaconf", "verl"}, {"config", "choice_checks", "kind_checks"}),
     "checkpoint": (set(), set()),
     "number_checks": (set(), set()),
-    "model_checks": ({"omegaconf", "transformers", "verl"}, {"weights"}),
+    "model_checks": ({"omegaconf", "transformers", "huggingface_hub", "httpx", "verl"}, {"weights"}),
     "weights": ({"safetensors"}, set()),
     "batch_checks": ({"torch"}, set()),
     "retention": (set(), set()),
@@ -29,7 +40,7 @@ ALLOWED = {
     "critics": ({"torch", "tensordict", "omegaconf", "verl"}, {"value_model", "checkpoint"}),
     "preflight": (
         {"omegaconf"},
-        {"config", "checks", "number_checks", "model_checks", "placement", "checkpoint", "resume"},
+        CONFIG_CHECKS | {"config", "model_checks", "critic_nodes", "placement", "checkpoint", "resume"},
     ),
     "critic_calls": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
@@ -39,7 +50,7 @@ ALLOWED = {
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
         MATH | CONFIG | {"batch_io", "batch_checks", "actor_loss", "critics", "critic_calls", "preflight", "retention"},
     ),
-    "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu"}),
+    "hooks": ({"wrapt"}, {"config", "preflight", "file_checks", "trainer", "value_model", "cpu"}),
     "plugin": (set(), {"hooks"}),
     "plan": ({"transformers"}, {"plan"}),
     "export": ({"torch", "transformers", "verl"}, {"checkpoint", "retention"}),

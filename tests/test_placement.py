@@ -6,6 +6,8 @@ import pytest
 
 from asyppo_verl.checks import check_against_verl
 from asyppo_verl.config import AsyPPOConfig, CriticPool
+from asyppo_verl.critic_checks import check_critic
+from asyppo_verl.critic_nodes import critic_nodes
 from asyppo_verl.placement import critic_ranks
 from asyppo_verl.preflight import prepare, read_config
 
@@ -46,6 +48,18 @@ REFUSED = [
         ["asyppo.critic_overrides.1.fsdp.fsdp_size=3", "critic 1"],
     ),
     (
+        "critic.strategy=fsdp critic.fsdp.fsdp_size=1 trainer.n_gpus_per_node=2",
+        ["critic.fsdp.fsdp_size=1 with critic.strategy=fsdp", "never averaged", "set critic.strategy=fsdp2"],
+    ),
+    (
+        f"critic.strategy=fsdp {POOL} +asyppo.pool.n_gpus_per_node=2 +asyppo.critic_overrides.1.fsdp.fsdp_size=1",
+        ["asyppo.critic_overrides.1.fsdp.fsdp_size=1", "the 2 GPUs that critic 1 has"],
+    ),
+    (
+        "actor_rollout_ref.actor.strategy=fsdp actor_rollout_ref.actor.fsdp_config.fsdp_size=1 trainer.n_gpus_per_node=2",
+        ["actor_rollout_ref.actor.fsdp_config.fsdp_size=1", "set actor_rollout_ref.actor.strategy=fsdp2"],
+    ),
+    (
         f"{POOL} +asyppo.pool.n_gpus_per_node=4 trainer.n_gpus_per_node=8 +ray_kwargs.ray_init.num_gpus=8",
         ["ray_kwargs.ray_init.num_gpus=8", "needs 12: 8 (trainer) + 4 (asyppo.pool)", "raise it to 12"],
     ),
@@ -65,6 +79,19 @@ def test_refused(compose, overrides, fragments):
         assert fragment in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "critic.fsdp.fsdp_size=1 trainer.n_gpus_per_node=2",
+        "critic.strategy=fsdp critic.fsdp.fsdp_size=1",
+        "critic.strategy=fsdp critic.fsdp.fsdp_size=2 trainer.n_gpus_per_node=4",
+        f"critic.strategy=fsdp critic.fsdp.fsdp_size=1 trainer.n_gpus_per_node=2 {POOL} +asyppo.pool.n_gpus_per_node=1",
+    ],
+)
+def test_whole_copies_are_accepted_where_they_are_averaged_or_there_is_one(compose, overrides):
+    prepare(compose(*overrides.split()))
+
+
 @pytest.mark.parametrize("placement", ["pool", "split"])
 def test_the_numbers_that_a_refusal_names_work(compose, placement):
     """Whatever is refused, every number of GPUs in the message is accepted."""
@@ -73,7 +100,9 @@ def test_the_numbers_that_a_refusal_names_work(compose, placement):
     def tried(gpus: int) -> str:
         config.asyppo.pool.n_gpus_per_node = gpus
         try:
-            check_against_verl(config, read_config(config))
+            asyppo = read_config(config)
+            check_against_verl(config, asyppo)
+            check_critic(critic_nodes(config, asyppo)[0], config, asyppo)
         except ValueError as error:
             return str(error)
         return ""
