@@ -10,18 +10,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from asyppo_verl.checkpoint import critic_folders
-from asyppo_verl.checkpoint_checks import check_checkpoints, checkpoint_notices
-from asyppo_verl.checks import check_against_verl, notices, trainer_mode
+from asyppo_verl.checks.checkpoints import check_checkpoints, checkpoint_notices
+from asyppo_verl.checks.combinations import check_against_verl, notices, trainer_mode
+from asyppo_verl.checks.files import check_exists
+from asyppo_verl.checks.kinds import check_kinds
+from asyppo_verl.checks.models import check_models
+from asyppo_verl.checks.single_critics import check_build, check_critic
+from asyppo_verl.checks.spelling import check_estimator, check_places
 from asyppo_verl.config import ESTIMATOR, PLUGIN_MODULE, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
-from asyppo_verl.critic_checks import check_build, check_critic
 from asyppo_verl.critic_nodes import critic_node as critic_node  # the trainer builds its critics from the same nodes
 from asyppo_verl.critic_nodes import critic_nodes
-from asyppo_verl.file_checks import check_exists
-from asyppo_verl.kind_checks import check_kinds
-from asyppo_verl.model_checks import check_models
 from asyppo_verl.placement import check_actor_sharding, critic_ranks
 from asyppo_verl.resume import SIZES, Part, check_whole, resume_target
-from asyppo_verl.spelling import check_estimator, check_places
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from omegaconf import OmegaConf
 from test_bad_input import driver
 
-from asyppo_verl import file_checks, model_checks
-from asyppo_verl.checkpoint_checks import check_checkpoints, checkpoint_notices
-from asyppo_verl.choice_checks import LOSS_AGG_MODES
-from asyppo_verl.kind_checks import default_config
-from asyppo_verl.model_checks import ask_hub
+from asyppo_verl.checks import files, models
+from asyppo_verl.checks.checkpoints import check_checkpoints, checkpoint_notices
+from asyppo_verl.checks.choices import LOSS_AGG_MODES
+from asyppo_verl.checks.kinds import default_config
+from asyppo_verl.checks.models import ask_hub
 from asyppo_verl.preflight import prepare
 from asyppo_verl.resume import Part
 
@@ -134,15 +134,15 @@ def test_a_folder_that_cannot_be_written_is_refused_if_something_is_saved(compos
 
 
 def test_files_need_not_be_on_this_node(compose):
-    file_checks.check_paths(compose("trainer.nnodes=2", "data.train_files=/nowhere.parquet"))
+    files.check_paths(compose("trainer.nnodes=2", "data.train_files=/nowhere.parquet"))
 
 
 def test_an_own_data_set_reads_what_it_likes(compose, tmp_path):
     (tmp_path / "mine.py").write_text("class Mine: ...\n")
     own = (f"data.custom_cls.path={tmp_path}/mine.py", "data.custom_cls.name=Mine")
-    file_checks.check_paths(compose(*own, "data.train_files=null"))
+    files.check_paths(compose(*own, "data.train_files=null"))
     with pytest.raises(ValueError, match=r"data.custom_cls.name='Main' is not in .*; did you mean Mine\?"):
-        file_checks.check_paths(compose(*own[:1], "data.custom_cls.name=Main", "data.train_files=null"))
+        files.check_paths(compose(*own[:1], "data.custom_cls.name=Main", "data.train_files=null"))
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,13 @@ def test_an_own_data_set_reads_what_it_likes(compose, tmp_path):
 def test_a_reward_is_found_however_it_is_defined(compose, toy, tmp_path, text):
     (tmp_path / "reward.py").write_text(text)
     data = [f"data.{name}_files={toy}/train.parquet" for name in ("train", "val")]
-    file_checks.check_paths(compose(*data, f"reward.custom_reward_function.path={tmp_path}/reward.py"))
+    files.check_paths(compose(*data, f"reward.custom_reward_function.path={tmp_path}/reward.py"))
 
 
 def test_a_function_inside_another_is_no_reward(compose, tmp_path):
     (tmp_path / "reward.py").write_text("def make():\n    def compute_score(): ...\n    return compute_score\n")
     with pytest.raises(ValueError, match="name='compute_score' is not in"):
-        file_checks.check_paths(compose(f"reward.custom_reward_function.path={tmp_path}/reward.py"))
+        files.check_paths(compose(f"reward.custom_reward_function.path={tmp_path}/reward.py"))
 
 
 # -- the hub -------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def asked(monkeypatch) -> list[str]:
     urls: list[str] = []
 
     def ask(url: str, timeout: float):
-        assert timeout == model_checks.HUB_SECONDS
+        assert timeout == models.HUB_SECONDS
         urls.append(url)
         raise RepositoryNotFoundError("no", response=httpx.Response(404, request=httpx.Request("HEAD", url)))
 

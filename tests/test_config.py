@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForTokenClassification
 
-from asyppo_verl.checks import notices
+from asyppo_verl.checks.combinations import notices
 from asyppo_verl.config import AsyPPOConfig
 from asyppo_verl.preflight import critic_node, prepare, read_config
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from asyppo_verl.choice_checks import check_optimizer
+from asyppo_verl.checks.choices import check_optimizer
+from asyppo_verl.checks.kinds import check_critic_kinds
+from asyppo_verl.checks.quantities import check_critic_numbers
 from asyppo_verl.config import AsyPPOConfig
 from asyppo_verl.critic_nodes import CriticNode
-from asyppo_verl.kind_checks import check_critic_kinds
-from asyppo_verl.number_checks import check_critic_numbers
 from asyppo_verl.placement import check_sharding, critic_ranks, fitting_ranks, ranks_key
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from asyppo_verl.choice_checks import check_choices
+from asyppo_verl.checks.choices import check_choices
+from asyppo_verl.checks.quantities import check_numbers, is_count
 from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, nearest
-from asyppo_verl.number_checks import check_numbers, is_count
 from asyppo_verl.placement import check_placement
 
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
