@@ -13,7 +13,8 @@ TURN_TOKENS, OBSERVATION = 2, "no;"
 
 class TwoTurns(AgentLoopBase):
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput | list[AgentLoopOutput]:
-        prompt = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))
+        messages = list(kwargs["raw_prompt"])
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         observation = self.tokenizer.encode(OBSERVATION)
         first = await self._turn(kwargs["session_id"], prompt, sampling_params)
         context = [*prompt, *first.token_ids, *observation]
