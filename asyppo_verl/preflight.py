@@ -14,12 +14,13 @@ from asyppo_verl.checks.checkpoints import check_checkpoints, checkpoint_notices
 from asyppo_verl.checks.combinations import check_against_verl, notices, trainer_mode
 from asyppo_verl.checks.files import check_exists
 from asyppo_verl.checks.kinds import check_kinds
-from asyppo_verl.checks.models import check_models
+from asyppo_verl.checks.models import check_models, check_tokenizer
 from asyppo_verl.checks.single_critics import check_build, check_critic
 from asyppo_verl.checks.spelling import check_estimator, check_places
 from asyppo_verl.config import ESTIMATOR, PLUGIN_MODULE, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
 from asyppo_verl.critic_nodes import critic_node as critic_node  # the trainer builds its critics from the same nodes
 from asyppo_verl.critic_nodes import critic_nodes
+
 from asyppo_verl.placement import check_actor_sharding, critic_ranks
 from asyppo_verl.resume import SIZES, Part, check_whole, resume_target
 
@@ -132,6 +133,7 @@ def _check_workers(config: DictConfig, asyppo: AsyPPOConfig) -> Path | None:
         check_critic(node, config, asyppo)
         if config.trainer.nnodes == 1:
             check_exists(node.key("model.tokenizer_path"), node.config.model.get("tokenizer_path"))
+            check_tokenizer(node.key("model.tokenizer_path"), node.config.model)
     _check_sequence_parallel(config.critic.fsdp.ulysses_sequence_parallel_size, [node.config.model for node in nodes])
     loaded_actor, loaded = check_models(actor.model, [(node.key("model.path"), node.config.model) for node in nodes])
     check_build(actor.model, lambda key: key)

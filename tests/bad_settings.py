@@ -144,6 +144,7 @@ SETTINGS = [
         ["actor_rollout_ref.model.tokenizer_path=relative/nowhere"],
     ),
     ("actor_rollout_ref.model.hf_config_path=/nowhere", ["actor_rollout_ref.model", "verl cannot use"]),
+    ("critic.model.tokenizer_path=relative/nowhere", ["critic.model.tokenizer_path=relative/nowhere has no tokenizer"]),
     ("critic.model.tokenizer_path=/nowhere", ["critic.model.tokenizer_path=/nowhere", "does not exist"]),
     ("data.train_files=/nowhere.parquet", ["data.train_files=/nowhere.parquet", "does not exist"]),
     ("data.val_files=[/nowhere.parquet]", ["data.val_files=/nowhere.parquet", "does not exist"]),

@@ -43,6 +43,16 @@ def check_models(actor_model: DictConfig, critic_models: Sequence[tuple[str, Dic
     return actor, [loaded[model.path] for _, model in critic_models]
 
 
+def check_tokenizer(key: str, model: DictConfig) -> None:
+    """Refuse a tokenizer that ``model.tokenizer_path`` names and that cannot be read; ``key`` is what to call it.
+
+    Raises:
+        ValueError: naming key, value and cure.
+    """
+    if model.get("tokenizer_path"):
+        _vocabulary(key, model.tokenizer_path, model)
+
+
 def _load_config(key: str, model: DictConfig) -> Any:
     from transformers import AutoConfig
     from verl.utils.fs import copy_to_local
