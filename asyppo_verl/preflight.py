@@ -18,9 +18,7 @@ from asyppo_verl.checks.models import check_models, check_tokenizer
 from asyppo_verl.checks.single_critics import check_build, check_critic
 from asyppo_verl.checks.spelling import check_estimator, check_places
 from asyppo_verl.config import ESTIMATOR, PLUGIN_MODULE, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
-from asyppo_verl.critic_nodes import critic_node as critic_node  # the trainer builds its critics from the same nodes
 from asyppo_verl.critic_nodes import critic_nodes
-
 from asyppo_verl.placement import check_actor_sharding, critic_ranks
 from asyppo_verl.resume import SIZES, Part, check_whole, resume_target
 

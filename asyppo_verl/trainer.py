@@ -24,6 +24,7 @@ from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.checks import batches
 from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
 from asyppo_verl.critic_calls import CriticCalls
+from asyppo_verl.critic_nodes import critic_nodes
 from asyppo_verl.critics import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
 from asyppo_verl.retention import older_ones_last
@@ -62,8 +63,8 @@ class AsyPPOMixin(_Base):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        nodes = [preflight.critic_node(self.config, self.asyppo, index) for index in range(self.asyppo.num_critics)]
-        specs = critic_specs(nodes, self.asyppo.head_seed)
+        nodes = critic_nodes(self.config, self.asyppo)
+        specs = critic_specs([node.config for node in nodes], self.asyppo.head_seed)
         worker = ensemble_worker_class(specs, split=self.asyppo.placement == "split")
         self.role_worker_mapping[Role.Critic] = ray.remote(worker)
         if self.asyppo.critics_are_apart:

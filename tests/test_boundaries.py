@@ -51,7 +51,16 @@ ALLOWED = {
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
         MATH
         | CONFIG
-        | {"batch_io", "checks.batches", "actor_loss", "critics", "critic_calls", "preflight", "retention"},
+        | {
+            "batch_io",
+            "checks.batches",
+            "actor_loss",
+            "critics",
+            "critic_calls",
+            "critic_nodes",
+            "preflight",
+            "retention",
+        },
     ),
     "hooks": ({"wrapt"}, {"config", "preflight", "checks.files", "trainer", "value_model", "cpu"}),
     "plugin": (set(), {"hooks"}),

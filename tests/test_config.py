@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, Qwen3ForTokenClassification
 
 from asyppo_verl.checks.combinations import notices
 from asyppo_verl.config import AsyPPOConfig
-from asyppo_verl.preflight import critic_node, prepare, read_config
+from asyppo_verl.critic_nodes import critic_node
+from asyppo_verl.preflight import prepare, read_config
 
 
 def test_defaults_are_the_papers():

@@ -23,6 +23,7 @@ from verl.workers.utils.losses import value_loss
 
 from asyppo_verl.checkpoint import check_checkpoint
 from asyppo_verl.critic_calls import CriticCalls
+from asyppo_verl.critic_nodes import critic_node
 from asyppo_verl.critics import (
     CRITIC_ID,
     MiniCriticEnsembleWorker,
@@ -31,7 +32,7 @@ from asyppo_verl.critics import (
     value_field,
     worker_config,
 )
-from asyppo_verl.preflight import critic_node, read_config
+from asyppo_verl.preflight import read_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
