@@ -1,6 +1,7 @@
 """Shared pieces: a toy task without training, and verl configurations composed as on the command line."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["VERL_PLATFORM"] = "cpu"
@@ -85,6 +86,16 @@ def uninterrupted(root: Path, task: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def base_overrides(toy: Path) -> list[str]:
     """A command line for AsyPPO on the toy task."""
+    return overrides_for(toy)
+
+
+@pytest.fixture
+def compose(base_overrides: list[str]) -> Callable:
+    """Compose verl's configuration for AsyPPO on the toy task, with overrides."""
+    return composing(base_overrides)
+
+
+def overrides_for(toy: Path) -> list[str]:
     return [
         "algorithm.adv_estimator=asyppo",
         f"actor_rollout_ref.model.path={toy}/actor",
@@ -105,9 +116,8 @@ def base_overrides(toy: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
-def compose(base_overrides: list[str]):
-    """Compose verl's configuration for AsyPPO on the toy task, with overrides."""
+def composing(base_overrides: list[str]) -> Callable:
+    """What composes verl's configuration from these overrides and more."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 

@@ -177,9 +177,9 @@ def dealt(cluster, toy):
 
 
 def _started(toy: Path, ranks: int, *overrides: str, shares: int = 1):
-    from conftest import compose
+    from conftest import composing, overrides_for
 
-    group = start(compose.__wrapped__(toy), ranks, *overrides, shares=shares)
+    group = start(composing(overrides_for(toy)), ranks, *overrides, shares=shares)
     yield group
     for worker in group.workers:
         ray.kill(worker)

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import ray
 import torch
-from conftest import compose as compose_fixture
+from conftest import composing, overrides_for
 from tensordict import TensorDict
 from test_critics import ProbedWorker, batch, start, train
 from verl.single_controller.base.decorator import Dispatch, register
@@ -103,7 +103,7 @@ def by_hand(
 def test_law_6_critic_gradients_are_those_of_the_loss_by_hand(cluster, toy, ranks):
     """On any number of ranks, in any micro-batches, padded or packed; rows without response tokens among them."""
     packed = "critic.model.use_remove_padding=True"
-    group = start(compose_fixture.__wrapped__(toy), ranks, packed, worker=WatchedCritics)
+    group = start(composing(overrides_for(toy)), ranks, packed, worker=WatchedCritics)
     group.keep_gradients()
     data, index = batch(20), 1
     expected = by_hand(toy, group.weights()[0][index], data, index, clip=0.5)
@@ -168,7 +168,7 @@ class WatchedActor(ActorRolloutRefWorker):
 
 
 def start_actor(toy, ranks: int) -> RayWorkerGroup:
-    config = compose_fixture.__wrapped__(toy)(
+    config = composing(overrides_for(toy))(
         f"trainer.n_gpus_per_node={ranks}",
         "actor_rollout_ref.actor.entropy_coeff=0.01",
         "actor_rollout_ref.actor.optim.lr=0",  # so that every update starts from the same weights

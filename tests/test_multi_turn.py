@@ -55,9 +55,9 @@ def cluster():
 @pytest.fixture(scope="module")
 def critics(cluster, toy):
     """Two mini-critics on one real rank."""
-    from conftest import compose
+    from conftest import composing, overrides_for
 
-    group = test_critics.start(compose.__wrapped__(toy), 1)
+    group = test_critics.start(composing(overrides_for(toy)), 1)
     yield group
     for worker in group.workers:
         ray.kill(worker)
