@@ -37,7 +37,8 @@ def cluster():
     for module in ("test_critics", __name__):
         ray.cloudpickle.register_pickle_by_value(sys.modules[module])
     with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        ray.init(address="local", num_cpus=32, num_gpus=16, include_dashboard=False, _temp_dir=folder)
+        # Logical ones: what a group of ranks was given stays given when its processes have ended.
+        ray.init(address="local", num_cpus=96, num_gpus=32, include_dashboard=False, _temp_dir=folder)
         yield
         ray.shutdown()
 
