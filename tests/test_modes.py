@@ -108,14 +108,18 @@ def test_each_local_update_trains_every_response_of_its_prompts_once(compose, to
     prompts = {batch_io.session_of(key)[0] for key in rows}
     assert len(prompts) == 4
     assert not any(None in rollout.sessions[uid] for uid in prompts), "a prompt with a failed session was sampled"
-    assert metrics["asyppo/incomplete_groups"] > 0, "the plan has a session without output"
+    updates = {"colocate_async": 1, "separate_async": 2}[mode]
+    # Which of the plan's prompts are sampled is up to their ids, which verl draws.
+    incomplete = sum(0 in rollout.sessions[uid] for uid in prompts)
+    found = metrics["asyppo/incomplete_groups"]
+    # verl weighs the updates of a step by their rows.
+    assert found == incomplete if updates == 1 else (found > 0) == (incomplete > 0)
     pairs = trained(critics.calls, critics.values)
     assert Counter(key for key, _ in pairs) == Counter(rows)
     owner = dict(
         zip(sorted(rows), assign_shards([*map(batch_io.session_of, sorted(rows))], num_critics=2), strict=True)
     )
     assert dict(pairs) == owner
-    updates = {"colocate_async": 1, "separate_async": 2}[mode]
     assert len(critics.calls) == 2 * updates
     for m in range(2):
         counts = [len(trained([call], critics.values)) for call in critics.calls if call.extra_info[CRITIC_ID] == m]
