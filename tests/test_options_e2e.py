@@ -30,20 +30,17 @@ OWN_SAMPLER = ["trainer.v1.sampler.custom_sampler.path=null", "trainer.v1.sample
 
 
 COLOCATED: list[str] = []
-"""The default of ``asyppo.placement``; the others are those that the mode is tried with."""
+"""The default of ``asyppo.placement``; the other is the one that the mode is tried with."""
+SPLIT = ["+asyppo.placement=split", "+asyppo.pool.n_gpus_per_node=2"]
 
 
-@pytest.mark.parametrize(
-    "placement", [COLOCATED, ["+asyppo.placement=split", "+asyppo.pool.n_gpus_per_node=2"]], ids=["colocated", "split"]
-)
-def test_colocate_async_trains(root, toy, tmp_path, placement):
+def test_colocate_async_trains(root, toy, tmp_path):
     steps, _ = train(
         root,
         toy,
         tmp_path / "colocate",
         "trainer.v1.trainer_mode=colocate_async",
         *OWN_SAMPLER,
-        *placement,
         "trainer.total_training_steps=3",
         "trainer.save_freq=-1",
     )
@@ -53,7 +50,7 @@ def test_colocate_async_trains(root, toy, tmp_path, placement):
 
 def test_colocate_async_resumes_with_what_was_being_generated(root, toy, tmp_path):
     """The batch that is generated ahead was already taken from the data: it is in the checkpoint, and trained on."""
-    given = ["trainer.v1.trainer_mode=colocate_async", *OWN_SAMPLER, "trainer.save_freq=2"]
+    given = ["trainer.v1.trainer_mode=colocate_async", *OWN_SAMPLER, *SPLIT, "trainer.save_freq=2"]
     environment = {"VERL_LOGGING_LEVEL": "INFO"}
     run_dir = tmp_path / "resumed"
     train(root, toy, run_dir, *given, "trainer.total_training_steps=2", **environment)

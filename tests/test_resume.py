@@ -24,7 +24,7 @@ from training import SMALL
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
 FILES = ["actor/model", "critic/critic_0/model", "critic/critic_1/optim", "critic/critic_1/extra", "data.pt"]
-CHOSEN = ["2:rollout", "3:critic", "4:half actor/model", "5:half critic/critic_1/optim", "6:removal"]
+CHOSEN = ["2:rollout", "3:critic", "5:half critic/critic_1/optim", "6:removal"]
 MOMENTS = ["rollout", "critic", "removal", *(f"half {file}" for file in FILES)]
 KEEP = ["trainer.max_actor_ckpt_to_keep=1", "trainer.max_critic_ckpt_to_keep=1"]
 
