@@ -9,9 +9,9 @@ from typing import Any
 import wrapt
 
 from asyppo_verl import cpu, preflight
-from asyppo_verl.checks.files import check_paths
 from asyppo_verl.config import ESTIMATOR
 from asyppo_verl.cpu import platform as cpu_platform
+from asyppo_verl.preflight.files import check_paths
 
 _is_active = False
 

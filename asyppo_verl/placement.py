@@ -6,8 +6,8 @@ It reads the configuration and nothing else; the arithmetic is of whole numbers.
 from collections.abc import Iterable
 from typing import Any
 
-from asyppo_verl.checks.quantities import is_count, is_number
 from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, shard_mini_batch_size
+from asyppo_verl.preflight.quantities import is_count, is_number
 
 
 def critic_ranks(config: Any, asyppo: AsyPPOConfig) -> int:

@@ -19,13 +19,12 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
-from asyppo_verl import asyppo, batch_io, layout, preflight
+from asyppo_verl import asyppo, batch_checks, batch_io, mini_batches, preflight
 from asyppo_verl.actor_loss import asyppo_actor_loss
-from asyppo_verl.checks import batches
 from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
-from asyppo_verl.critic_calls import CriticCalls
-from asyppo_verl.critic_nodes import critic_nodes
-from asyppo_verl.critics import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
+from asyppo_verl.critic_client import CriticClient
+from asyppo_verl.critic_settings import critic_nodes
+from asyppo_verl.critic_worker import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
 from asyppo_verl.retention import older_ones_last
 
@@ -85,16 +84,16 @@ class AsyPPOMixin(_Base):
     # -- batch -----------------------------------------------------------------------------------------------------
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        batches.check_rollouts(batch.keys, self.global_steps)
+        batch_checks.check_rollouts(batch.keys, self.global_steps)
         shards = self._shards(batch)
         sessions = map(batch_io.session_of, batch_io.response_keys(batch))
-        metrics["asyppo/incomplete_groups"] = layout.incomplete_groups(
+        metrics["asyppo/incomplete_groups"] = mini_batches.incomplete_groups(
             sessions, self.config.actor_rollout_ref.rollout.n
         )
         for index, keys in enumerate(shards):
             metrics[f"asyppo/critic_{index}/responses"] = len(keys)
         if not self._train_on_everything:
-            rows = layout.padding_needed(map(len, shards), shard_mini_batch_size(self.config, self.asyppo))
+            rows = mini_batches.padding_needed(map(len, shards), shard_mini_batch_size(self.config, self.asyppo))
             batch = batch_io.add_padding(batch, rows, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
@@ -117,8 +116,8 @@ class AsyPPOMixin(_Base):
     # -- values and advantages -------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _critics(self) -> CriticCalls:
-        return CriticCalls(self.critic_wg, self.config, self.asyppo)
+    def _critics(self) -> CriticClient:
+        return CriticClient(self.critic_wg, self.config, self.asyppo)
 
     @property
     def _actor_ranks(self) -> int:
@@ -146,8 +145,8 @@ class AsyPPOMixin(_Base):
         fields = [value_field(index) for index in range(self.asyppo.num_critics)]
         responses = batch_io.fetch(batch, "response_mask", *fields)
         values_MN = torch.stack([responses[field] for field in fields])
-        batches.check_responses(responses["response_mask"], self.global_steps)
-        batches.check_values(values_MN, self.global_steps)
+        batch_checks.check_responses(responses["response_mask"], self.global_steps)
+        batch_checks.check_values(values_MN, self.global_steps)
         value_N, sigma_N = asyppo.ensemble_value(values_MN)
         self._evaluation = _Evaluation(responses.keys, values_MN, value_N, sigma_N)
         # One critic hands on its own values, dtype included: the run is then verl's PPO to the last bit.
@@ -164,7 +163,7 @@ class AsyPPOMixin(_Base):
         assert responses.keys == evaluation.keys, "the batch changed between values and advantages"
         is_response_N = responses["response_mask"].bool()
         returns_N, advantages_N = responses["returns"], responses["advantages"]
-        batches.check_returns(returns_N, is_response_N, responses.keys, responses.offsets, self.global_steps)
+        batch_checks.check_returns(returns_N, is_response_N, responses.keys, responses.offsets, self.global_steps)
         changed = {}
 
         if self.asyppo.critic_lam != self.config.algorithm.lam:

@@ -10,7 +10,7 @@ checkpointing; micro-batches of whole rows up to a number of tokens; gradient cl
 same length, so nothing is padded, all critics stay on the card, and AdamW is torch's fused one, which needs no memory of its
 own. ``/bf16`` behind a case, for models whose fp32 states no card holds: weights and gradients in bf16, no AdamW.
 
-The floor is what work (as ``asyppo_verl.plan`` counts it, recomputation included) or memory traffic (without activations)
+The floor is what work (as ``recipe.asyppo.plan`` counts it, recomputation included) or memory traffic (without activations)
 takes at the card's peak. The last line is one JSON object.
 """
 
@@ -31,8 +31,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForTokenClassification, Qwen3Config
 from transformers.utils import is_flash_attn_2_available
 
-from asyppo_verl.plan.model import BUILT_IN, Model
-from asyppo_verl.plan.settings import GIB, HARDWARE
+from recipe.asyppo.plan.model import BUILT_IN, Model
+from recipe.asyppo.plan.settings import GIB, HARDWARE
 
 PROMPT = 256  # tokens of a row before its response
 SHAPES = {**BUILT_IN, "tiny": Model("tiny", 512, 64, 128, 2, 4, 2, 16, tied=True)}

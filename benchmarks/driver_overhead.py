@@ -110,7 +110,7 @@ def make_batch(queue: Any, exponent: int, num_critics: int) -> Any:
     from tensordict import TensorDict
     from transfer_queue import KVBatchMeta
 
-    from asyppo_verl.critics import value_field
+    from asyppo_verl.critic_worker import value_field
 
     torch.manual_seed(0)
     tokens = 1 << exponent
@@ -137,10 +137,10 @@ def make_trainer(exponent: int, ranks: int, lam: float, num_critics: int) -> Any
     import verl.trainer.ppo.v1  # noqa: F401  first: the plugin's hooks on it import our trainer
     from hydra import compose, initialize_config_module
 
-    from asyppo_verl import critic_calls, trainer
+    from asyppo_verl import critic_client, trainer
     from asyppo_verl.config import AsyPPOConfig
 
-    critic_calls.ray = SimpleNamespace(get=list)  # type: ignore[assignment]  # the real one would start Ray
+    critic_client.ray = SimpleNamespace(get=list)  # type: ignore[assignment]  # the real one would start Ray
 
     class Idle:
         def _balance_batch(self, batch: Any, *_: Any, **__: Any) -> Any:

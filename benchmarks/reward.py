@@ -17,8 +17,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from recipe.asyppo.answer_text import numbers, tidy
-from recipe.asyppo.math_reward import compute_score
+from recipe.asyppo.reward.answer_text import numbers, tidy
+from recipe.asyppo.reward.math_reward import compute_score
 
 OPPOSITES = {"yes": "No", "no": "Yes", "true": "False", "false": "True", r"\infty": r"-\infty", r"-\infty": r"\infty"}
 NUMBER = re.compile(r"\d[\d,]*\.?\d*|\.\d+")
@@ -126,12 +126,16 @@ def measure(path: Path, threads: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/asyppo"), help="folder of recipe.asyppo.prepare_data")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/asyppo"), help="folder of recipe.asyppo.data.prepare_data"
+    )
     parser.add_argument("--threads", type=int, default=8, help="callers at the same time")
     arguments = parser.parse_args()
     files = sorted(arguments.data.rglob("*.parquet"))
     if not files:
-        parser.error(f"--data {arguments.data}: no parquet file; make them with python -m recipe.asyppo.prepare_data")
+        parser.error(
+            f"--data {arguments.data}: no parquet file; make them with python -m recipe.asyppo.data.prepare_data"
+        )
     compute_score("warm-up", r"\boxed{\sqrt{4}}", "2")
     measured = {path.stem: measure(path, arguments.threads) for path in files}
     for name, row in measured.items():

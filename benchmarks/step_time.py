@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 from recipe.asyppo.console import read_metrics
-from recipe.asyppo.make_toy import build_model, build_tokenizer, write_data
+from recipe.asyppo.toy.make_toy import build_model, build_tokenizer, write_data
 
 ROOT = Path(__file__).resolve().parent.parent
 # Twice the width and twice the layers: eight times the parameters, embeddings left out.

@@ -9,7 +9,7 @@
 #   CHECKPOINT_OR_MODEL   a run folder (its latest checkpoint), a checkpoint (.../global_step_N), or a Hugging Face model
 #   DATA_DIR=...          prepared data (default data/asyppo); all of DATA_DIR/eval/*.parquet are used
 #   VAL_FILES=a,b         these files instead
-#   REWARD=...            file with compute_score (default recipe/asyppo/math_reward.py)
+#   REWARD=...            file with compute_score (default recipe/asyppo/reward/math_reward.py)
 #   K=4 TEMPERATURE=0.6 TOP_P=0.95 MAX_PROMPT=1024 MAX_RESPONSE=8192   sampling
 #   NNODES=1 N_GPUS=8 ROLLOUT_TP=1 GPU_MEMORY_UTILIZATION=0.6          hardware
 #   OUT=...               where to write; on several nodes on storage that all of them see
@@ -23,7 +23,7 @@ if [ -e "$TARGET" ]; then TARGET=$(realpath "$TARGET"); fi
 DATA_DIR=$(realpath -m "${DATA_DIR:-$ROOT/data/asyppo}")
 VAL_FILES=${VAL_FILES:-$(printf '%s,' "$DATA_DIR"/eval/*.parquet)}
 VAL_FILES=$(tr ',' '\n' <<< "${VAL_FILES%,}" | xargs -d '\n' realpath -m | paste -sd,)
-REWARD=$(realpath -m "${REWARD:-$ROOT/recipe/asyppo/math_reward.py}")
+REWARD=$(realpath -m "${REWARD:-$ROOT/recipe/asyppo/reward/math_reward.py}")
 OUT=${OUT:+$(realpath -m "$OUT")}
 cd "$ROOT"
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -47,7 +47,7 @@ DATA=(
     reward.custom_reward_function.path="$REWARD"
     reward.reward_manager.source=importlib
     reward.reward_manager.name=LabelledRewardManager
-    reward.reward_manager.module.path="$ROOT/recipe/asyppo/labelled_reward.py"
+    reward.reward_manager.module.path="$ROOT/recipe/asyppo/evaluation/labelled_reward.py"
 )
 ACTOR=(
     actor_rollout_ref.actor.strategy=fsdp2
@@ -76,5 +76,5 @@ TRAINER=(
     trainer.n_gpus_per_node="$N_GPUS"
 )
 
-"$PYTHON" -m recipe.asyppo.evaluate ${OUT:+--out "$OUT"} ${VERBOSE:+--verbose} "$TARGET" \
+"$PYTHON" -m recipe.asyppo.evaluation.evaluate ${OUT:+--out "$OUT"} ${VERBOSE:+--verbose} "$TARGET" \
     "${DATA[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" ${CPU[@]+"${CPU[@]}"} "$@"

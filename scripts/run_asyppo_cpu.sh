@@ -22,7 +22,7 @@ PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 MAIN=${MAIN:-verl.trainer.main_ppo}
 STEPS=45
 source recipe/asyppo/cpu.sh
-[ -f "$TOY_DIR/made.json" ] || "$PYTHON" -m recipe.asyppo.make_toy "$TOY_DIR"
+[ -f "$TOY_DIR/made.json" ] || "$PYTHON" -m recipe.asyppo.toy.make_toy "$TOY_DIR"
 
 DATA=(
     data.train_files="$TOY_DIR/train.parquet"
@@ -30,7 +30,7 @@ DATA=(
     data.train_batch_size=32
     data.max_prompt_length=16
     data.max_response_length=4
-    reward.custom_reward_function.path="$ROOT/recipe/asyppo/toy_reward.py"
+    reward.custom_reward_function.path="$ROOT/recipe/asyppo/toy/toy_reward.py"
 )
 ACTOR=(
     actor_rollout_ref.model.path="$TOY_DIR/actor"

@@ -5,12 +5,12 @@
 #   Memory    80 GB cards: 60 GiB, 141 GB cards: 125 GiB at the peak of all four algorithms (planned)
 #   Time      8 H100: 90 h, 8 H200: 86 h for 312 steps, and about 4 h, 2 h for 14 validations, each of 1,550 problems with
 #             4 samples (estimates of the same plans, not measured)
-#   Plans     80 GB cards: python -m asyppo_verl.plan --actor 14b --critic 4b --actor-offload --critic-offload \
+#   Plans     80 GB cards: python -m recipe.asyppo.plan --actor 14b --critic 4b --actor-offload --critic-offload \
 #                 --critic-tokens 18432 --value-tokens 18432 --tensor-parallel 2 --gpu-memory-utilization 0.75
-#             141 GB cards: python -m asyppo_verl.plan --actor 14b --critic 4b --hardware h200 --tensor-parallel 2
+#             141 GB cards: python -m recipe.asyppo.plan --actor 14b --critic 4b --hardware h200 --tensor-parallel 2
 #   Expect    the paper reports about 3 points over symmetric PPO (mean of six benchmarks, avg@4); not reproduced by us
 #
-# Before:  python -m recipe.asyppo.prepare_data
+# Before:  python -m recipe.asyppo.data.prepare_data
 # Usage:   ALGO=asyppo|ppo|ppo_small_critic|grpo bash scripts/run_asyppo_qwen3_14b.sh [any verl override]
 #          CRITIC_MODEL=Qwen/Qwen3-1.7B-Base takes mini-critics of 1.7 billion, the paper's other choice
 # Settings and their sources: recipe/asyppo/README.md. All variables: recipe/asyppo/run_qwen3.sh.

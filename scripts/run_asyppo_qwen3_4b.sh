@@ -5,12 +5,12 @@
 #   Memory    80 GB cards: 67 GiB, 141 GB cards: 117 GiB at the peak of all four algorithms (planned)
 #   Time      8 H100: 32 h, 8 H200: 29 h for 312 steps, and about 3 h, 2 h for 14 validations, each of 1,550 problems with
 #             4 samples (estimates of the same plans, not measured)
-#   Plans     80 GB cards: python -m asyppo_verl.plan --actor 4b --critic 0.6b --gpu-memory-utilization 0.7
-#             141 GB cards: python -m asyppo_verl.plan --actor 4b --critic 0.6b --hardware h200 --actor-tokens 36864 \
+#   Plans     80 GB cards: python -m recipe.asyppo.plan --actor 4b --critic 0.6b --gpu-memory-utilization 0.7
+#             141 GB cards: python -m recipe.asyppo.plan --actor 4b --critic 0.6b --hardware h200 --actor-tokens 36864 \
 #                 --log-prob-tokens 73728 --gpu-memory-utilization 0.75
 #   Expect    the paper reports more than 6 points over symmetric PPO (mean of six benchmarks, avg@4); not reproduced by us
 #
-# Before:  python -m recipe.asyppo.prepare_data
+# Before:  python -m recipe.asyppo.data.prepare_data
 # Usage:   ALGO=asyppo|ppo|ppo_small_critic|grpo bash scripts/run_asyppo_qwen3_4b.sh [any verl override]
 # Settings and their sources: recipe/asyppo/README.md. All variables: recipe/asyppo/run_qwen3.sh.
 set -euo pipefail

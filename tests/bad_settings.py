@@ -161,7 +161,7 @@ SETTINGS = [
     ("data.train_batch_size=100000", ["data.train_batch_size=100000", "rows of data.train_files"]),
     ("data.train_max_samples=8", ["data.train_batch_size=16", "the 8 rows", "data.train_max_samples=8"]),
     (
-        "reward.custom_reward_function.path=ROOT/recipe/asyppo/toy_reward.py reward.custom_reward_function.name=compute_scor",
+        "reward.custom_reward_function.path=ROOT/recipe/asyppo/toy/toy_reward.py reward.custom_reward_function.name=compute_scor",
         ["reward.custom_reward_function.name='compute_scor'", "did you mean compute_score?"],
     ),
     ("reward.custom_reward_function.path=FILES/broken.py", ["broken.py is not Python", "correct the file"]),

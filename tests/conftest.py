@@ -31,7 +31,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy task with untrained models."""
-    from recipe.asyppo.make_toy import make
+    from recipe.asyppo.toy.make_toy import make
 
     folder = tmp_path_factory.mktemp("toy") / "task"
     make(folder, until=0.0, max_steps=1)
@@ -44,7 +44,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import datasets
     from problem_files import HUB, write_sets
 
-    from recipe.asyppo.prepare_data import main
+    from recipe.asyppo.data.prepare_data import main
 
     folder = tmp_path_factory.mktemp("prepared")
     write_sets(folder / "source", HUB)

@@ -48,5 +48,5 @@ wrapt.register_post_import_hook(
     _wrap("ActorRolloutRefWorker", compute_log_prob="evaluation", update_actor="update"), "verl.workers.engine_workers"
 )
 wrapt.register_post_import_hook(
-    _wrap("MiniCriticEnsembleWorker", infer_batch="evaluation", train_mini_batch="update"), "asyppo_verl.critics"
+    _wrap("MiniCriticEnsembleWorker", infer_batch="evaluation", train_mini_batch="update"), "asyppo_verl.critic_worker"
 )

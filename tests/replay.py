@@ -21,7 +21,7 @@ def make_task(folder: Path) -> None:
     """Actor, critic with a head of its own, data and the recorded rollouts; nothing is trained, so seeds fix every bit."""
     from transformers import Qwen3ForTokenClassification
 
-    from recipe.asyppo.make_toy import SIZES, build_model, build_tokenizer, write_data
+    from recipe.asyppo.toy.make_toy import SIZES, build_model, build_tokenizer, write_data
 
     folder.mkdir(parents=True)
     tokenizer = build_tokenizer()

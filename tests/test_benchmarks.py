@@ -187,7 +187,7 @@ def test_step_time_compares_medians(root):
 
 
 def test_the_actor_of_step_time_is_eight_times_a_critic(root):
-    from recipe.asyppo.make_toy import build_model, build_tokenizer
+    from recipe.asyppo.toy.make_toy import build_model, build_tokenizer
 
     step_time, tokenizer = benchmark(root, "step_time"), build_tokenizer()
     actor, critic = (

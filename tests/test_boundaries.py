@@ -2,73 +2,57 @@
 
 import ast
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "asyppo_verl"
-MATH, CONFIG = {"asyppo", "metrics"}, {"config", "layout"}
-ALL_CHECKS = {f"checks.{path.stem}" for path in (PACKAGE / "checks").glob("*.py")} - {"checks.batches"}
+MATH, CONFIG = {"asyppo", "metrics"}, {"config", "mini_batches"}
 ALLOWED = {
-    # module: (third-party packages it may import, our modules it may import)
+    # module or folder: (third-party packages it may import, our modules it may import)
+    "__init__": (set(), set()),
     "asyppo": ({"torch"}, set()),
     "metrics": ({"torch"}, {"asyppo"}),
-    "layout": (set(), set()),
+    "mini_batches": (set(), set()),
     "config": (set(), set()),
-    "checks.combinations": (set(), {"config", "placement", "checks.quantities", "checks.choices"}),
-    "checks.choices": ({"verl"}, {"config", "critic_nodes"}),
-    "checks.checkpoints": (set(), {"config"}),
-    "checks.single_critics": (
-        {"hydra", "omegaconf", "verl"},
-        {"config", "checks.choices", "critic_nodes", "checks.kinds", "checks.quantities", "placement"},
-    ),
-    "critic_nodes": ({"omegaconf"}, {"config"}),
-    "checks.files": ({"omegaconf", "pyarrow"}, {"config"}),
-    "checks.kinds": ({"omegaconf"}, {"checks.quantities"}),
-    "placement": (set(), {"config", "checks.quantities"}),
-    "checks.spelling": ({"omegaconf", "verl"}, {"config", "checks.choices", "checks.kinds"}),
+    "critic_settings": ({"omegaconf"}, {"config"}),
     "checkpoint": (set(), set()),
-    "checks.quantities": (set(), set()),
-    "checks.models": ({"omegaconf", "transformers", "huggingface_hub", "httpx", "verl"}, {"weights"}),
     "weights": ({"safetensors"}, set()),
-    "checks.batches": ({"torch"}, set()),
     "retention": (set(), set()),
     "resume": (set(), {"checkpoint", "config", "retention"}),
+    "placement": (set(), {"config", "preflight"}),
+    "preflight": (
+        {"hydra", "omegaconf", "verl", "pyarrow", "transformers", "huggingface_hub", "httpx"},
+        {"preflight", "config", "critic_settings", "placement", "checkpoint", "resume", "weights"},
+    ),
+    "batch_checks": ({"torch"}, set()),
     "batch_io": ({"torch", "tensordict", "transfer_queue", "verl"}, set()),
     "actor_loss": ({"torch", "tensordict", "verl"}, {"asyppo", "batch_io"}),
     "value_model": ({"wrapt", "transformers"}, set()),
-    "critics": ({"torch", "tensordict", "omegaconf", "verl"}, {"value_model", "checkpoint"}),
-    "preflight": (
-        {"omegaconf"},
-        ALL_CHECKS | {"config", "critic_nodes", "placement", "checkpoint", "resume"},
-    ),
-    "critic_calls": (
+    "critic_worker": ({"torch", "tensordict", "omegaconf", "verl"}, {"value_model", "checkpoint"}),
+    "critic_client": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
-        CONFIG | {"batch_io", "critics"},
+        CONFIG | {"batch_io", "critic_worker"},
     ),
     "trainer": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
         MATH
         | CONFIG
         | {
-            "batch_io",
-            "checks.batches",
             "actor_loss",
-            "critics",
-            "critic_calls",
-            "critic_nodes",
+            "batch_checks",
+            "batch_io",
+            "critic_client",
+            "critic_settings",
+            "critic_worker",
             "preflight",
             "retention",
         },
     ),
-    "hooks": ({"wrapt"}, {"config", "preflight", "checks.files", "trainer", "value_model", "cpu"}),
+    "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu"}),
     "plugin": (set(), {"hooks"}),
-    "plan": ({"transformers"}, {"plan"}),
     "export": ({"torch", "transformers", "verl"}, {"checkpoint", "retention"}),
     "doctor": ({"ray", "verl"}, {"config"}),
-    "__init__": (set(), set()),
-    "checks.__init__": (set(), set()),
     "cpu": ({"torch", "psutil", "ray", "wrapt", "verl", "vllm"}, {"cpu"}),
 }
 
@@ -84,18 +68,13 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def within_package(parts: Sequence[str]) -> str:
-    """A module as the table above calls it: the checks one by one, other folders as a whole."""
-    return ".".join(parts[:2]) if parts[0] == "checks" else parts[0]
-
-
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports(path):
-    third_party, ours = ALLOWED[within_package(path.relative_to(PACKAGE).with_suffix("").parts)]
+    third_party, ours = ALLOWED[path.relative_to(PACKAGE).with_suffix("").parts[0]]
     for name in imports(path):
         top, *rest = name.split(".")
         if top == "asyppo_verl":
-            assert within_package(rest) in ours, f"{path.name} imports {name}"
+            assert rest[0] in ours, f"{path.name} imports {name}"
         elif top not in sys.stdlib_module_names:
             assert top in third_party, f"{path.name} imports {name}"
 

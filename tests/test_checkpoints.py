@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.asyppo.checkpoints import locate
+from recipe.asyppo.evaluation.checkpoints import locate
 
 
 @pytest.fixture

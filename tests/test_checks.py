@@ -14,12 +14,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from omegaconf import OmegaConf
 from test_bad_input import driver
 
-from asyppo_verl.checks import files, models
-from asyppo_verl.checks.checkpoints import check_checkpoints, checkpoint_notices
-from asyppo_verl.checks.choices import LOSS_AGG_MODES
-from asyppo_verl.checks.kinds import default_config
-from asyppo_verl.checks.models import ask_hub
-from asyppo_verl.preflight import prepare
+from asyppo_verl.preflight import files, models, prepare
+from asyppo_verl.preflight.checkpoints import check_checkpoints, checkpoint_notices
+from asyppo_verl.preflight.choices import LOSS_AGG_MODES
+from asyppo_verl.preflight.kinds import default_config
+from asyppo_verl.preflight.models import ask_hub
 from asyppo_verl.resume import Part
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipe.asyppo import compare, results, score
+from recipe.asyppo.evaluation import compare, results, score
 
 
 def make_run(folder: Path, steps: list[dict], **config: object) -> Path:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForTokenClassification
 
-from asyppo_verl.checks.combinations import notices
 from asyppo_verl.config import AsyPPOConfig
-from asyppo_verl.critic_nodes import critic_node
+from asyppo_verl.critic_settings import critic_node
 from asyppo_verl.preflight import prepare, read_config
+from asyppo_verl.preflight.combinations import notices
 
 
 def test_defaults_are_the_papers():

@@ -22,9 +22,9 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import value_loss
 
 from asyppo_verl.checkpoint import check_checkpoint
-from asyppo_verl.critic_calls import CriticCalls
-from asyppo_verl.critic_nodes import critic_node
-from asyppo_verl.critics import (
+from asyppo_verl.critic_client import CriticClient
+from asyppo_verl.critic_settings import critic_node
+from asyppo_verl.critic_worker import (
     CRITIC_ID,
     MiniCriticEnsembleWorker,
     critic_specs,
@@ -284,7 +284,7 @@ def test_the_number_of_ranks_changes_an_update_by_the_order_of_summation_only(pa
         group.reset()
         group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=128)
         config = compose(f"trainer.n_gpus_per_node={group.world_size}", f"+asyppo.num_critics={num_critics}")
-        calls = CriticCalls(group, config, read_config(config))
+        calls = CriticClient(group, config, read_config(config))
         order = [keys.index(key) for key in calls._training_keys(meta, keys, mini_batch, actor_ranks=2)]
         call = tu.index_select_tensor_dict(data, torch.tensor(order))
         tu.assign_non_tensor(call, temperature=1.0, compute_loss=False)

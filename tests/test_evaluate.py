@@ -16,8 +16,8 @@ from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
-from recipe.asyppo.checkpoints import as_huggingface, locate
-from recipe.asyppo.evaluate import count_problems, evaluate, read_settings
+from recipe.asyppo.evaluation.checkpoints import as_huggingface, locate
+from recipe.asyppo.evaluation.evaluate import count_problems, evaluate, read_settings
 
 
 def settings(**values: object) -> dict[str, str]:
@@ -46,11 +46,11 @@ def test_the_script_is_a_valid_configuration_of_verl(root, toy, tmp_path, platfo
     subprocess.run(
         ["bash", str(root / "scripts/evaluate.sh"), str(toy / "actor"), "data.val_max_samples=3"],
         env={**os.environ, "VERL_PLATFORM": platform, "VAL_FILES": f"{toy}/test.parquet", "PYTHON": str(recorder)}
-        | {"REWARD": f"{root}/recipe/asyppo/toy_reward.py", "K": "8", "N_GPUS": "2", "OUT": str(tmp_path / "out")},
+        | {"REWARD": f"{root}/recipe/asyppo/toy/toy_reward.py", "K": "8", "N_GPUS": "2", "OUT": str(tmp_path / "out")},
         check=True,
     )
     words = record.read_text().split("\0")[:-1]
-    assert words[:5] == ["-m", "recipe.asyppo.evaluate", "--out", str(tmp_path / "out"), str(toy / "actor")]
+    assert words[:5] == ["-m", "recipe.asyppo.evaluation.evaluate", "--out", str(tmp_path / "out"), str(toy / "actor")]
     overrides = words[5:]
     assert read_settings(overrides) == {
         "k": "8",
@@ -58,7 +58,7 @@ def test_the_script_is_a_valid_configuration_of_verl(root, toy, tmp_path, platfo
         "top_p": "0.95",
         "max_response_length": "8192",
         "max_problems": "3",
-        "reward": f"{root}/recipe/asyppo/toy_reward.py",
+        "reward": f"{root}/recipe/asyppo/toy/toy_reward.py",
         "files": f"[{toy}/test.parquet]",
     }
     with initialize_config_module("verl.trainer.config", version_base=None):

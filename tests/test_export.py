@@ -16,7 +16,7 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, Ra
 from verl.workers.engine_workers import TrainingWorker
 
 from asyppo_verl import preflight, value_model
-from asyppo_verl.critics import value_field, worker_config
+from asyppo_verl.critic_worker import value_field, worker_config
 from asyppo_verl.export import export, find_checkpoint, main
 
 # -- checkpoints written here, in verl's files ---------------------------------------------------------------------

@@ -24,7 +24,7 @@ from verl.workers.utils.padding import response_from_nested
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.asyppo import mask_advantage
 from asyppo_verl.batch_io import KEEP_ENTROPY
-from asyppo_verl.critics import value_field
+from asyppo_verl.critic_worker import value_field
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

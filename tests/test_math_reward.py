@@ -11,8 +11,8 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from recipe.asyppo.answer_text import canonical, last_boxed, numbers, tidy
-from recipe.asyppo.math_reward import LONGEST_ANSWER, GradingPool, compute_score
+from recipe.asyppo.reward.answer_text import canonical, last_boxed, numbers, tidy
+from recipe.asyppo.reward.math_reward import LONGEST_ANSWER, GradingPool, compute_score
 
 RIGHT = [
     # (truth, answer): numbers
@@ -253,7 +253,7 @@ def test_no_process_outlives_a_killed_reward_worker():
     """Also while one of them is busy with a run-away expression."""
     program = (
         "import threading, time\n"
-        "from recipe.asyppo.math_reward import compute_score\n"
+        "from recipe.asyppo.reward.math_reward import compute_score\n"
         "limits = dict(processes=2, seconds=2.0)\n"
         "compute_score('', r'\\boxed{y}', 'x', **limits)\n"
         "threading.Thread(target=compute_score, args=('', r'\\boxed{1000000000!}', r'\\sqrt{x}'), kwargs=limits).start()\n"
@@ -273,9 +273,9 @@ def test_no_process_outlives_a_killed_reward_worker():
 
 def test_without_math_verify_it_cannot_be_imported():
     """verl counts a call that raises as a failed response and trains on, so nothing may wait for the first such call."""
-    code = "import sys; sys.modules['math_verify'] = None; import recipe.asyppo.math_reward"
+    code = "import sys; sys.modules['math_verify'] = None; import recipe.asyppo.reward.math_reward"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 1 and "ImportError: recipe.asyppo.math_reward needs math-verify" in run.stderr
+    assert run.returncode == 1 and "ImportError: recipe.asyppo.reward.math_reward needs math-verify" in run.stderr
     assert "pip install 'verl[vllm,fsdp,math]==0.9.1'" in run.stderr
 
 
@@ -285,7 +285,9 @@ def test_a_process_that_cannot_start_says_why(monkeypatch):
         GradingPool(1, 5.0, 1024).equal("x", "y")
 
 
-@pytest.mark.parametrize("path", ["pkg://recipe.asyppo.math_reward", "{root}/recipe/asyppo/math_reward.py"])
+@pytest.mark.parametrize(
+    "path", ["pkg://recipe.asyppo.reward.math_reward", "{root}/recipe/asyppo/reward/math_reward.py"]
+)
 def test_verl_loads_it_with_its_limits(root, path):
     from verl.trainer.ppo.reward import get_custom_reward_fn
 
@@ -321,7 +323,7 @@ def test_in_verls_reward_workers(compose, toy):
 
     function = "reward.custom_reward_function"
     limits = f"+{function}.reward_kwargs={{seconds: 1.0, processes: 1}}"
-    config = compose(f"{function}.path=pkg://recipe.asyppo.math_reward", limits, "reward.num_workers=2")
+    config = compose(f"{function}.path=pkg://recipe.asyppo.reward.math_reward", limits, "reward.num_workers=2")
     tokenizer = AutoTokenizer.from_pretrained(toy / "actor")
     pairs = [(r"\sqrt{8}", r"2\sqrt{2}"), ("5", "6"), ("5", "x=5"), (r"\sqrt{y}", r"1000000000!")]
     ids = [tokenizer(f"\\boxed{{{answer}}}").input_ids for _, answer in pairs]

@@ -16,7 +16,7 @@ from test_trainer import ForcedCritics, clean, put_rows, transfer_queue  # noqa:
 
 from asyppo_verl import batch_io
 from asyppo_verl.asyppo import assign_shards
-from asyppo_verl.critics import CRITIC_ID
+from asyppo_verl.critic_worker import CRITIC_ID
 from asyppo_verl.preflight import prepare
 from asyppo_verl.trainer import TRAINERS
 

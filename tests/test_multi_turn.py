@@ -31,7 +31,7 @@ from test_trainer import (
 from transfer_queue import KVBatchMeta
 
 from asyppo_verl import batch_io
-from asyppo_verl.critics import value_field
+from asyppo_verl.critic_worker import value_field
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("clean")]
 

@@ -19,7 +19,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import compute_gae_advantage_return, get_kl_controller
 
 from asyppo_verl.asyppo import ensemble_value
-from asyppo_verl.critics import value_field
+from asyppo_verl.critic_worker import value_field
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("clean")]
 

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from asyppo_verl.checks.combinations import check_against_verl
-from asyppo_verl.checks.single_critics import check_critic
 from asyppo_verl.config import AsyPPOConfig, CriticPool
-from asyppo_verl.critic_nodes import critic_nodes
+from asyppo_verl.critic_settings import critic_nodes
 from asyppo_verl.placement import critic_ranks
 from asyppo_verl.preflight import prepare, read_config
+from asyppo_verl.preflight.combinations import check_against_verl
+from asyppo_verl.preflight.single_critics import check_critic
 
 POOL = "+asyppo.placement=pool"
 SPLIT = "+asyppo.placement=split"

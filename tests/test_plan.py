@@ -19,11 +19,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from asyppo_verl.plan import cost, memory
-from asyppo_verl.plan.__main__ import main
-from asyppo_verl.plan.model import BUILT_IN, from_config, read_model
-from asyppo_verl.plan.plan import Plan, cure
-from asyppo_verl.plan.settings import ALGORITHMS, GIB, Settings
+from recipe.asyppo.plan import cost, memory
+from recipe.asyppo.plan.__main__ import main
+from recipe.asyppo.plan.model import BUILT_IN, from_config, read_model
+from recipe.asyppo.plan.plan import Plan, cure
+from recipe.asyppo.plan.settings import ALGORITHMS, GIB, Settings
 
 PUBLISHED = {  # parameters of the checkpoints on the Hugging Face hub
     "0.6b": 596_049_920,
@@ -346,7 +346,7 @@ def test_json_and_table_say_the_same(capsys):
 
 def test_it_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from asyppo_verl.plan.__main__ import main; main(['--actor', '4b', '--critic', '0.6b']); "
+        "import sys; from recipe.asyppo.plan.__main__ import main; main(['--actor', '4b', '--critic', '0.6b']); "
         "assert not {'torch', 'transformers', 'verl'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

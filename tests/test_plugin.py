@@ -36,7 +36,7 @@ def test_importing_verl_loads_the_plugin_and_nothing_heavy():
         "_psutil_linux",
         "difflib",
     }
-    assert not {"vllm", "asyppo_verl.trainer", "asyppo_verl.critics"} & modules["auto"]
+    assert not {"vllm", "asyppo_verl.trainer", "asyppo_verl.critic_worker"} & modules["auto"]
 
 
 def test_other_estimators_get_verls_own_trainer_and_decisions():

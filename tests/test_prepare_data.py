@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 from problem_files import HUB, write_sets
 
-from recipe.asyppo.math_reward import compute_score
-from recipe.asyppo.overlap import Fingerprint, Index, is_near
-from recipe.asyppo.prepare_data import main
-from recipe.asyppo.problem_sets import PROBLEM_SETS, Sources, read_answer, read_question
+from recipe.asyppo.data.decontamination import Fingerprint, Index, is_near
+from recipe.asyppo.data.prepare_data import main
+from recipe.asyppo.data.problem_sets import PROBLEM_SETS, Sources, read_answer, read_question
+from recipe.asyppo.reward.math_reward import compute_score
 
 EVALUATION = ["aime24", "aime25", "math500", "olympiadbench", "minerva", "amc23"]
 WILD = {
@@ -278,7 +278,7 @@ def test_the_command_shows_progress_and_a_table(folder, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "recipe.asyppo.prepare_data",
+        "recipe.asyppo.data.prepare_data",
         "--source",
         folder(HUB),
         "--out",

@@ -13,7 +13,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage, keep_entropy
 from asyppo_verl.batch_io import Responses
-from asyppo_verl.layout import mini_batches, padding_needed, rank_major, spread
+from asyppo_verl.mini_batches import mini_batches, padding_needed, rank_major, spread
 
 critics = st.integers(1, 8)
 ranks = st.integers(1, 8)

@@ -36,7 +36,7 @@ def environment(root: Path, toy: Path, **variables: str) -> dict[str, str]:
         "CRITIC_MODEL": f"{toy}/critic",
         "TRAIN_FILES": f"{toy}/train.parquet",
         "VAL_FILES": f"{toy}/test.parquet",
-        "REWARD": f"{root}/recipe/asyppo/toy_reward.py",
+        "REWARD": f"{root}/recipe/asyppo/toy/toy_reward.py",
         "PYTHON": f"{root}/.venv/bin/python",
         **variables,
     }
@@ -134,7 +134,7 @@ def test_data_and_reward_are_the_prepared_ones_by_default(root, toy, prepared, t
     assert config.data.train_files == [f"{prepared}/train/deepmath.parquet"]
     assert config.data.val_files == [f"{prepared}/eval/{name}.parquet" for name in sorted(EVALUATION_PROBLEMS)]
     reward = config.reward.custom_reward_function
-    assert (reward.path, reward.name) == (f"{root}/recipe/asyppo/math_reward.py", "compute_score")
+    assert (reward.path, reward.name) == (f"{root}/recipe/asyppo/reward/math_reward.py", "compute_score")
     assert all(Path(file).is_file() for file in (*config.data.train_files, *config.data.val_files, reward.path))
 
 
@@ -149,7 +149,7 @@ def test_relative_names_are_those_of_the_caller(root, toy, tmp_path, monkeypatch
         CRITIC_MODEL="Qwen/Qwen3-0.6B-Base",
         TRAIN_FILES="train.parquet,./test.parquet",
         VAL_FILES=os.path.relpath(tmp_path / "linked.parquet"),
-        REWARD=os.path.relpath(root / "recipe/asyppo/toy_reward.py"),
+        REWARD=os.path.relpath(root / "recipe/asyppo/toy/toy_reward.py"),
         DATA_DIR="no/such/folder",
     )
     lines = command_of(root, "4b", tmp_path, env)
@@ -158,7 +158,7 @@ def test_relative_names_are_those_of_the_caller(root, toy, tmp_path, monkeypatch
         "critic.model.path=Qwen/Qwen3-0.6B-Base",
         f"data.train_files=[{toy}/train.parquet,{toy}/test.parquet]",
         f"data.val_files=[{tmp_path}/linked.parquet]",
-        f"reward.custom_reward_function.path={root}/recipe/asyppo/toy_reward.py",
+        f"reward.custom_reward_function.path={root}/recipe/asyppo/toy/toy_reward.py",
     } <= set(lines)
 
 
@@ -194,7 +194,7 @@ def test_a_name_that_is_not_refused_is_read_as_it_is(root, toy, tmp_path):
 
 
 PLANNED = {
-    # how asyppo_verl.plan calls a setting of verl
+    # how recipe.asyppo.plan calls a setting of verl
     "num_critics": "asyppo.num_critics",
     "gpus": "trainer.n_gpus_per_node",
     "nodes": "trainer.nnodes",
@@ -232,7 +232,7 @@ def header_of(root: Path, size: str) -> str:
 
 def plan_of_header(root: Path, size: str, gpu_gb: str, *options: str) -> dict:
     """What the header's command for cards of a size prints with ``--json``."""
-    (command,) = re.findall(rf"\b{gpu_gb} GB cards: python (-m asyppo_verl.plan .*)", header_of(root, size))
+    (command,) = re.findall(rf"\b{gpu_gb} GB cards: python (-m recipe.asyppo.plan .*)", header_of(root, size))
     words = [sys.executable, *command.split(), "--json", *options]
     return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
@@ -307,7 +307,7 @@ def test_the_recipe_folder_stands_on_its_own(root, toy, tmp_path):
     recipe = tmp_path / "verl/recipe/asyppo"
     shutil.copytree(root / "recipe/asyppo", recipe)
     lines = recorded(recipe / "run_qwen3.sh", tmp_path, environment(root, toy))
-    assert f"reward.custom_reward_function.path={root}/recipe/asyppo/toy_reward.py" in lines
+    assert f"reward.custom_reward_function.path={root}/recipe/asyppo/toy/toy_reward.py" in lines
     assert validated(lines).algorithm.adv_estimator == "asyppo"
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from recipe.asyppo import results
-from recipe.asyppo.labelled_reward import problem_id
+from recipe.asyppo.evaluation import results
+from recipe.asyppo.evaluation.labelled_reward import problem_id
 
 
 def dumped(uid: str, session: int, problem: str, score: float, **reward: object) -> str:

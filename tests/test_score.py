@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.asyppo.score import Estimate, bootstrap, estimate, majority, normalise, pass_at_k, powers
+from recipe.asyppo.evaluation.score import Estimate, bootstrap, estimate, majority, normalise, pass_at_k, powers
 
 
 def test_pass_at_k_by_hand():

@@ -21,7 +21,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from asyppo_verl import batch_io
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage
-from asyppo_verl.critics import CRITIC_ID, value_field
+from asyppo_verl.critic_worker import CRITIC_ID, value_field
 from asyppo_verl.preflight import prepare
 from asyppo_verl.trainer import AsyPPOTrainerSync
 

@@ -15,7 +15,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 NAME=${NAME:-qwen3}
 ALGO=${ALGO:-asyppo}
 RUN_DIR=$(realpath -m "${RUN_DIR:-$ROOT/runs/${NAME}_$ALGO}") # on several nodes: on storage that all of them see
-DATA_DIR=$(realpath -m "${DATA_DIR:-$ROOT/data/asyppo}")      # written by python -m recipe.asyppo.prepare_data
+DATA_DIR=$(realpath -m "${DATA_DIR:-$ROOT/data/asyppo}")      # written by python -m recipe.asyppo.data.prepare_data
 # Relative names are those of the caller; what is no file here may be a name on the hub.
 for variable in TRAIN_FILES VAL_FILES REWARD ACTOR_MODEL CRITIC_MODEL; do
     IFS=, read -ra names <<< "${!variable:-}"
@@ -46,7 +46,7 @@ ACTOR_MODEL=${ACTOR_MODEL:?the actor: a folder or hub repository in Hugging Face
 CRITIC_MODEL=${CRITIC_MODEL:?the mini-critics: a folder or hub repository in Hugging Face format}
 TRAIN_FILES=${TRAIN_FILES:-$DATA_DIR/train/deepmath.parquet}
 VAL_FILES=${VAL_FILES:-$(printf '%s,' "$DATA_DIR"/eval/*.parquet)}
-REWARD=${REWARD:-$ROOT/recipe/asyppo/math_reward.py}
+REWARD=${REWARD:-$ROOT/recipe/asyppo/reward/math_reward.py}
 # They stand in overrides without quotes, where some characters have a meaning of their own.
 for variable in RUN_DIR DATA_DIR TRAIN_FILES VAL_FILES REWARD ACTOR_MODEL CRITIC_MODEL; do
     value=${!variable}

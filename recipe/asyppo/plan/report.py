@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from asyppo_verl.plan import cost, memory
-from asyppo_verl.plan.plan import Plan, cure
-from asyppo_verl.plan.settings import ALGORITHMS, GIB, Settings
+from recipe.asyppo.plan import cost, memory
+from recipe.asyppo.plan.plan import Plan, cure
+from recipe.asyppo.plan.settings import ALGORITHMS, GIB, Settings
 
 
 def plans(settings: Settings) -> dict[str, Plan]:

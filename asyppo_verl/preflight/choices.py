@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from asyppo_verl.config import PLUGIN_MODULE, nearest
-from asyppo_verl.critic_nodes import CriticNode
+from asyppo_verl.critic_settings import CriticNode
 
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 """How verl averages a loss; a test compares with verl's own function."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from recipe.asyppo import score
-from recipe.asyppo.labelled_reward import LABEL
+from recipe.asyppo.evaluation import score
+from recipe.asyppo.evaluation.labelled_reward import LABEL
 
 NO_MAJORITY = "maj@k is not available: the reward function returns no `pred`, the answer that it extracted"
 

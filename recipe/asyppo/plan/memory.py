@@ -6,8 +6,8 @@ was measured on a GPU. ``ASSUMPTIONS`` states it line by line.
 
 import dataclasses
 
-from asyppo_verl.plan.model import Model
-from asyppo_verl.plan.settings import GIB, Settings
+from recipe.asyppo.plan.model import Model
+from recipe.asyppo.plan.settings import GIB, Settings
 
 MASTER, GRADIENT, ADAM, COMPUTE, REDUCE = 4, 4, 8, 2, 4
 """Bytes of a parameter: float32 master copy, its gradient, two Adam moments; bf16 for compute, float32 when reduced."""

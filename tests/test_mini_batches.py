@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyppo_verl.layout import incomplete_groups, mini_batches, padding_needed, rank_major, spread
+from asyppo_verl.mini_batches import incomplete_groups, mini_batches, padding_needed, rank_major, spread
 
 
 def test_padding_by_hand():

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from asyppo_verl.checks.choices import registers_in_workers
-from asyppo_verl.checks.kinds import default_config
 from asyppo_verl.config import ESTIMATOR, AsyPPOConfig
+from asyppo_verl.preflight.choices import registers_in_workers
+from asyppo_verl.preflight.kinds import default_config
 
 KNOBS = [field.name for field in dataclasses.fields(AsyPPOConfig) if "_" in field.name]
 """Those of AsyPPO's settings whose names mean nothing else."""

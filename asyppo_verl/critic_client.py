@@ -15,14 +15,14 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
-from asyppo_verl import batch_io, layout
+from asyppo_verl import batch_io, mini_batches
 from asyppo_verl.config import AsyPPOConfig, shard_mini_batch_size
-from asyppo_verl.critics import CRITIC_ID, MESH, share_groups, value_field
+from asyppo_verl.critic_worker import CRITIC_ID, MESH, share_groups, value_field
 
 LOGGED_PER_CRITIC = ("vf_loss", "vf_clipfrac", "grad_norm", "lr")
 
 
-class CriticCalls:
+class CriticClient:
     """Evaluates and trains the mini-critics behind verl's one critic worker group; one call of a kind at a time."""
 
     def __init__(self, group: RayWorkerGroup, config: DictConfig, asyppo: AsyPPOConfig) -> None:
@@ -102,12 +102,12 @@ class CriticCalls:
         """The rows of one training call in the order in which verl cuts them into ranks and mini-batches."""
         if self._asyppo.num_shards > 1:
             padding = batch_io.padding_keys(batch)[: -len(shard) % mini_batch_size]
-            steps = layout.mini_batches(layout.spread(shard, padding), mini_batch_size)
+            steps = mini_batches.mini_batches(mini_batches.spread(shard, padding), mini_batch_size)
         elif self._data_parallel == actor_ranks:
             return batch.keys
         else:
             # The steps of a critic on the actor's ranks, if their number divides a step.
-            steps = layout.mini_batches(batch.keys, mini_batch_size, ranks=math.gcd(actor_ranks, mini_batch_size))
+            steps = mini_batches.mini_batches(batch.keys, mini_batch_size, ranks=math.gcd(actor_ranks, mini_batch_size))
         return self._balanced(batch, steps)
 
     def _balanced(self, batch: KVBatchMeta, steps: list[list[str]]) -> list[str]:
@@ -119,4 +119,4 @@ class CriticCalls:
             workload = calculate_workload(lengths).tolist()
             dealt = get_seqlen_balanced_partitions(workload, k_partitions=self._data_parallel, equal_size=True)
             parts.append([[keys[i] for i in part] for part in dealt])
-        return layout.rank_major(parts)
+        return mini_batches.rank_major(parts)

@@ -1,4 +1,4 @@
-"""Plan a run before it is started: ``python -m asyppo_verl.plan --actor qwen3-4b --critic qwen3-0.6b``.
+"""Plan a run before it is started: ``python -m recipe.asyppo.plan --actor qwen3-4b --critic qwen3-0.6b``.
 
 Prints the memory of a GPU in every phase of a step, whether it fits, the work of a step and the critics' share of it, for AsyPPO
 and its three baselines side by side. Options have the names of verl's keys; ``--explain`` lists every assumption.
@@ -9,13 +9,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from asyppo_verl.plan.model import BUILT_IN, read_model
-from asyppo_verl.plan.report import explanation, plans, table
-from asyppo_verl.plan.settings import Settings
+from recipe.asyppo.plan.model import BUILT_IN, read_model
+from recipe.asyppo.plan.report import explanation, plans, table
+from recipe.asyppo.plan.settings import Settings
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m asyppo_verl.plan", description=(__doc__ or "").split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog="python -m recipe.asyppo.plan", description=(__doc__ or "").split("\n\n")[1])
     models = f"a folder or hub name in Hugging Face format, or {', '.join(BUILT_IN)} of Qwen3, which need no download"
     parser.add_argument("--actor", required=True, help=models)
     parser.add_argument("--critic", required=True, help="the mini-critics' model, likewise")

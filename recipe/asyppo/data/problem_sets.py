@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from recipe.asyppo.answer_text import last_boxed
+from recipe.asyppo.reward.answer_text import last_boxed
 
 # Hub, configuration after the colon, fixed revision, and the fields that hold question and answer there.
 TRAIN = """

@@ -10,16 +10,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from asyppo_verl.checkpoint import critic_folders
-from asyppo_verl.checks.checkpoints import check_checkpoints, checkpoint_notices
-from asyppo_verl.checks.combinations import check_against_verl, notices, trainer_mode
-from asyppo_verl.checks.files import check_exists
-from asyppo_verl.checks.kinds import check_kinds
-from asyppo_verl.checks.models import check_models, check_tokenizer
-from asyppo_verl.checks.single_critics import check_build, check_critic
-from asyppo_verl.checks.spelling import check_estimator, check_places
 from asyppo_verl.config import ESTIMATOR, PLUGIN_MODULE, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
-from asyppo_verl.critic_nodes import critic_nodes
+from asyppo_verl.critic_settings import critic_nodes
 from asyppo_verl.placement import check_actor_sharding, critic_ranks
+from asyppo_verl.preflight.checkpoints import check_checkpoints, checkpoint_notices
+from asyppo_verl.preflight.combinations import check_against_verl, notices, trainer_mode
+from asyppo_verl.preflight.files import check_exists
+from asyppo_verl.preflight.kinds import check_kinds
+from asyppo_verl.preflight.models import check_models, check_tokenizer
+from asyppo_verl.preflight.single_critics import check_build, check_critic
+from asyppo_verl.preflight.spelling import check_estimator, check_places
 from asyppo_verl.resume import SIZES, Part, check_whole, resume_target
 
 logger = logging.getLogger(__name__)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from asyppo_verl.checks.choices import check_choices
-from asyppo_verl.checks.quantities import check_numbers, is_count
 from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, nearest
 from asyppo_verl.placement import check_placement
+from asyppo_verl.preflight.choices import check_choices
+from asyppo_verl.preflight.quantities import check_numbers, is_count
 
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 """verl's trainers, ``trainer.v1.trainer_mode``."""

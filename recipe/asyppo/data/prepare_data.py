@@ -1,8 +1,8 @@
 r"""Build the training and evaluation sets of the Qwen3 recipe as verl parquet files.
 
-    python -m recipe.asyppo.prepare_data --tokenizer Qwen/Qwen3-4B-Base                    # from the hub
-    python -m recipe.asyppo.prepare_data --source FOLDER                                   # FOLDER/deepmath.jsonl, ...
-    python -m recipe.asyppo.prepare_data --source FOLDER gsm8k=train.jsonl hub --sets gsm8k aime24
+    python -m recipe.asyppo.data.prepare_data --tokenizer Qwen/Qwen3-4B-Base                    # from the hub
+    python -m recipe.asyppo.data.prepare_data --source FOLDER                                   # FOLDER/deepmath.jsonl, ...
+    python -m recipe.asyppo.data.prepare_data --source FOLDER gsm8k=train.jsonl hub --sets gsm8k aime24
 
 Every row of a source becomes a prompt or is counted under the reason why not. Training problems that are also evaluation
 problems are left out. The same input and seed give the same files, byte for byte.
@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from recipe.asyppo.math_reward import LONGEST_ANSWER
-from recipe.asyppo.overlap import Index, words
-from recipe.asyppo.problem_sets import PROBLEM_SETS, Sources, read_answer, read_question
+from recipe.asyppo.data.decontamination import Index, words
+from recipe.asyppo.data.problem_sets import PROBLEM_SETS, Sources, read_answer, read_question
+from recipe.asyppo.reward.math_reward import LONGEST_ANSWER
 
 TEMPLATES = {
     # What the model cards of Qwen ask for; the default.

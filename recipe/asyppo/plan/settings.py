@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from asyppo_verl.plan.model import Model
+from recipe.asyppo.plan.model import Model
 
 GIB = 2**30
 

@@ -2,13 +2,13 @@ r"""Rule-based reward for mathematics, in the form of verl's ``reward.custom_rew
 
 A response scores 1 if the content of its last ``\boxed{...}`` equals the ground truth, else 0; there is no partial credit
 and no fall-back, so a response without a box, or one that was cut off inside it, scores 0. Most answers are settled as
-text or as plain numbers (:mod:`recipe.asyppo.answer_text`); the rest goes to math-verify.
+text or as plain numbers (:mod:`recipe.asyppo.reward.answer_text`); the rest goes to math-verify.
 
 verl calls the function from many threads of a reward worker, where math-verify's own time-outs cannot work (they need
-signals in the main thread), so math-verify runs in grading processes (:mod:`recipe.asyppo.grader`) that are bounded in
+signals in the main thread), so math-verify runs in grading processes (:mod:`recipe.asyppo.reward.grader`) that are bounded in
 time and memory. They end with the reward worker, however that ends.
 
-    reward.custom_reward_function.path=pkg://recipe.asyppo.math_reward
+    reward.custom_reward_function.path=pkg://recipe.asyppo.reward.math_reward
     +reward.custom_reward_function.reward_kwargs.seconds=2      # time for one answer
 """
 
@@ -22,12 +22,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipe.asyppo.answer_text import canonical, compare_text, last_boxed, tidy
+from recipe.asyppo.reward.answer_text import canonical, compare_text, last_boxed, tidy
 
 if importlib.util.find_spec("math_verify") is None:
     # Raised in a call it would be one more response without a score: verl logs that, and trains on.
     raise ImportError(
-        "recipe.asyppo.math_reward needs math-verify, which is not installed: pip install 'verl[vllm,fsdp,math]==0.9.1', "
+        "recipe.asyppo.reward.math_reward needs math-verify, which is not installed: pip install 'verl[vllm,fsdp,math]==0.9.1', "
         "or only pip install 'math-verify[antlr4_9_3]', on every node"
     )
 
@@ -37,7 +37,7 @@ _pools_lock = threading.Lock()
 
 
 class GradingProcess:
-    """One running :mod:`recipe.asyppo.grader`; used by one thread at a time."""
+    """One running :mod:`recipe.asyppo.reward.grader`; used by one thread at a time."""
 
     def __init__(self, seconds: float, megabytes: int) -> None:
         program = Path(__file__).with_name("grader.py")

@@ -1,7 +1,7 @@
 r"""Answers as text: find the box in a response, write an answer in one plain way, read it as an exact number.
 
 Everything here takes time linear in the length of the text and never evaluates an expression, so that it is safe on
-whatever a model writes. What is left, equality of expressions, is decided in :mod:`recipe.asyppo.grader`.
+whatever a model writes. What is left, equality of expressions, is decided in :mod:`recipe.asyppo.reward.grader`.
 """
 
 import re

@@ -6,12 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from asyppo_verl.checks.choices import check_optimizer
-from asyppo_verl.checks.kinds import check_critic_kinds
-from asyppo_verl.checks.quantities import check_critic_numbers
 from asyppo_verl.config import AsyPPOConfig
-from asyppo_verl.critic_nodes import CriticNode
+from asyppo_verl.critic_settings import CriticNode
 from asyppo_verl.placement import check_sharding, critic_ranks, fitting_ranks, ranks_key
+from asyppo_verl.preflight.choices import check_optimizer
+from asyppo_verl.preflight.kinds import check_critic_kinds
+from asyppo_verl.preflight.quantities import check_critic_numbers
 
 
 def check_critic(node: CriticNode, config: Any, asyppo: AsyPPOConfig) -> None:

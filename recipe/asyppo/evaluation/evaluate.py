@@ -1,4 +1,4 @@
-"""Evaluate a model through verl's own validation: ``python -m recipe.asyppo.evaluate [--out DIR] TARGET OVERRIDES``.
+"""Evaluate a model through verl's own validation: ``python -m recipe.asyppo.evaluation.evaluate [--out DIR] TARGET OVERRIDES``.
 
 ``scripts/evaluate.sh`` gives the overrides. Rollout engine, chat template and reward are those of training. The folder
 then holds ``results.md``, ``results.json``, ``samples.jsonl`` (every response) and ``log``; a finished one is kept.
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from recipe.asyppo import results
-from recipe.asyppo.checkpoints import Source, as_huggingface, locate
 from recipe.asyppo.console import run, setting
+from recipe.asyppo.evaluation import results
+from recipe.asyppo.evaluation.checkpoints import Source, as_huggingface, locate
 
 COLUMNS = {"data_source", "prompt", "reward_model"}
 SETTINGS = {

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from asyppo_verl.checks.quantities import is_number
+from asyppo_verl.preflight.quantities import is_number
 
 NEEDED = (
     "algorithm",

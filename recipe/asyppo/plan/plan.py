@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from asyppo_verl.plan import cost, memory
-from asyppo_verl.plan.settings import GIB, Settings
+from recipe.asyppo.plan import cost, memory
+from recipe.asyppo.plan.settings import GIB, Settings
 
 TOKENS = {
     # the token budget that a phase's working memory grows with, and the sequence parallelism that splits a sequence

@@ -1,4 +1,4 @@
-"""Plot the curves of one or more runs: ``python -m recipe.asyppo.plot OUT.png RUN_DIR [RUN_DIR ...]``."""
+"""Plot the curves of one or more runs: ``python -m recipe.asyppo.evaluation.plot OUT.png RUN_DIR [RUN_DIR ...]``."""
 
 import argparse
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Work and time of a step: floating-point operations counted exactly, seconds estimated from the GPU's peak figures."""
 
-from asyppo_verl.plan.memory import COMPUTE, cache_tokens
-from asyppo_verl.plan.settings import Settings
+from recipe.asyppo.plan.memory import COMPUTE, cache_tokens
+from recipe.asyppo.plan.settings import Settings
 
 CRITIC_PARTS = ("values", "critic update")
 

@@ -1,4 +1,4 @@
-"""Runs side by side: ``python -m recipe.asyppo.compare RUN_A RUN_B ... [--json OUT.json] [--curves OUT.png]``.
+"""Runs side by side: ``python -m recipe.asyppo.evaluation.compare RUN_A RUN_B ... [--json OUT.json] [--curves OUT.png]``.
 
 A run is a run folder (``metrics.jsonl``, ``evaluation/``) or the folder of one evaluation. Prints Markdown; "-" stands
 where a run has no such figure. Differences are taken to the first run.
@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from recipe.asyppo import results, score
 from recipe.asyppo.console import REWARD, SECONDS, read_metrics
+from recipe.asyppo.evaluation import results, score
 
 CRITIC_SECONDS = ("timing_s/values", "timing_s/update_critic")
 TOKENS_PER_SECOND = "perf/throughput"
@@ -188,7 +188,7 @@ def main() -> None:
     if arguments.json:
         results.write(arguments.json, json.dumps(runs, indent=1))
     if arguments.curves:
-        from recipe.asyppo.plot import plot
+        from recipe.asyppo.evaluation.plot import plot
 
         plot([path for path in arguments.runs if (path / "metrics.jsonl").exists()], arguments.curves)
 

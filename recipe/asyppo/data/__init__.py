@@ -1,0 +1,1 @@
+"""From published problem sets to verl's rows: reading, decontamination, writing."""

@@ -1,0 +1,1 @@
+"""From rollouts of a model to accuracies, comparisons and plots."""

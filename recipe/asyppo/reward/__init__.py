@@ -1,0 +1,1 @@
+"""The rule-based reward for answers in mathematics."""
