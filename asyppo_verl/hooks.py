@@ -8,7 +8,7 @@ from typing import Any
 
 import wrapt
 
-from asyppo_verl import cpu, preflight
+from asyppo_verl import cpu, preflight, weight_sockets
 from asyppo_verl.config import ESTIMATOR
 from asyppo_verl.cpu import platform as cpu_platform
 from asyppo_verl.preflight.files import check_paths
@@ -30,6 +30,8 @@ def activate() -> None:
         ("verl.trainer.ppo.utils", lambda module: wrapt.wrap_function_wrapper(module, "need_critic", _need_critic)),
         ("verl.trainer.ppo.core_algos", lambda module: module.register_adv_est(ESTIMATOR)(_stop_wrong_trainer)),
         ("verl.trainer.ppo.v1", _register_trainers),
+        ("verl.workers.rollout.vllm_rollout.vllm_rollout", weight_sockets.install_sender),
+        ("verl.workers.rollout.vllm_rollout.vllm_async_server", weight_sockets.install_receiver),
     ):
         wrapt.register_post_import_hook(hook, name)
     if cpu.is_selected():
