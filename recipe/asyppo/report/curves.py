@@ -33,12 +33,12 @@ SECTIONS = {
     "Critics": [
         Panel("Explained variance", (r"asyppo/explained_var", r"asyppo/critic_\d+/explained_var", r"critic/vf_explained_var")),
         Panel("Value loss", (r"asyppo/critic_\d+/vf_loss", r"critic/vf_loss"), log=True),
-        Panel("Sigma: mean and quantiles", (r"asyppo/sigma/.*",), log=True),
+        Panel("Sigma: mean and quantiles", (r"asyppo/sigma/(mean|p\d+)",), log=True),
         Panel("Correlation of the critics", (r"asyppo/critic_correlation",)),
     ],
     "Selections": [
         Panel("|advantage|, kept and masked", (r"asyppo/adv_abs_.*",)),
-        Panel("Share of tokens, masked and filtered", (r"asyppo/adv_masked_fraction", r"asyppo/entropy_filtered_fraction")),
+        Panel("Share of tokens, masked and filtered", (r"asyppo/(adv_masked|entropy_filtered)_fraction", r"asyppo/sigma/tied")),
     ],
     "Updates": [
         Panel("KL", (r"actor/ppo_kl", r"actor/kl_loss", r"actor/reward_kl_penalty")),

@@ -117,6 +117,14 @@ METRICS = [
         of_several=True,
     ),
     Metric(
+        "asyppo/sigma/tied",
+        "share of the masked tokens that ties decided, by the order of their rows",
+        high=0.1,
+        note="more means that values are too coarse, or critics too equal",
+        advice="let the critics compute in float32 (critic.fsdp.mixed_precision), see explained variance",
+        of_several=True,
+    ),
+    Metric(
         "asyppo/critic_correlation",
         "mean correlation between the critics' values",
         low=0,
