@@ -9,6 +9,7 @@ This holds for every run, whatever its estimator: neither end knows that, a base
 and the name of a socket has no meaning for training. It can go when verl's name differs between clusters.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -25,18 +26,22 @@ def install_sender(vllm_rollout: Any) -> None:
 
 def install_receiver(vllm_async_server: Any) -> None:
     """Rename vLLM's end in verl's module ``vllm_async_server``."""
-    wrapt.wrap_function_wrapper(vllm_async_server, "vLLMHttpServer.__init__", _rename_receiver)
+    server = vllm_async_server.vLLMHttpServer
+    init = server.__init__
+
+    # A plain function: under a wrapt wrapper Ray finds, and calls, verl's own.
+    @functools.wraps(init)
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)  # starts no process of vLLM's yet
+        os.environ["VERL_RAY_JOB_ID"] = _job_ids()[1]
+
+    server.__init__ = renamed
 
 
 def _rename_sender(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
     wrapped(*args, **kwargs)
     job, unique_job = _job_ids()
     instance.zmq_handle = instance.zmq_handle.replace(f"-{job}-", f"-{unique_job}-", 1)
-
-
-def _rename_receiver(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> None:
-    wrapped(*args, **kwargs)  # starts no process of vLLM's yet
-    os.environ["VERL_RAY_JOB_ID"] = _job_ids()[1]
 
 
 def _job_ids() -> tuple[str, str]:

@@ -11,7 +11,17 @@ import pytest
 import yaml
 from test_recipe import environment
 
-from recipe.asyppo.console import PRIVATE_TMPDIR, last_step, merge_history, prepare, read_metrics, run, setting, summary
+from recipe.asyppo.console import (
+    PRIVATE_TMPDIR,
+    is_question,
+    last_step,
+    merge_history,
+    prepare,
+    read_metrics,
+    run,
+    setting,
+    summary,
+)
 
 COMMAND = ["python", "trainer.total_training_steps=4", "x=1", "trainer.total_training_steps=6"]
 
@@ -145,14 +155,20 @@ def test_a_signal_ends_the_command_and_its_temporary_folder(tmp_path, root, numb
 
 
 @pytest.mark.parametrize(
+    "flag", ["--help", "-h", "--cfg=job", "--cfg", "-c", "--info", "-i", "--hydra-help", "--resolve", "--package=data"]
+)
+def test_hydras_flags_are_known(flag):
+    assert is_question(["python", "-m", "verl.trainer.main_ppo", "a=1", flag, "job"])
+    assert not is_question(["python", "-c", "pass", f"x={flag}"]) and not is_question(["python", "-m", "main", "-x=1"])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
     ("script", "flags"),
     [
         ("run_asyppo_cpu.sh", ["--cfg", "job", "--resolve", "--package", "algorithm"]),
-        ("run_asyppo_qwen3_4b.sh", ["--cfg=job", "-p", "algorithm"]),
         ("run_asyppo_qwen3_4b.sh", ["--help"]),
-        ("run_asyppo_qwen3_4b.sh", ["--info", "searchpath"]),
-        ("run_asyppo_qwen3_4b.sh", ["--hydra-help"]),
-        ("evaluate.sh", ["--cfg", "job", "--package", "algorithm"]),
+        ("evaluate.sh", ["--cfg=job", "-p", "algorithm"]),
     ],
 )
 def test_hydra_answers_on_the_terminal(root, toy, tmp_path, script, flags):
@@ -163,7 +179,6 @@ def test_hydra_answers_on_the_terminal(root, toy, tmp_path, script, flags):
         env=env | {"TOY_DIR": str(toy)},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert answer.returncode == 0, answer.stderr
     assert "starting Ray" not in answer.stdout and not list(tmp_path.iterdir())
@@ -171,5 +186,4 @@ def test_hydra_answers_on_the_terminal(root, toy, tmp_path, script, flags):
         shown = yaml.safe_load(answer.stdout)
         assert shown["algorithm"]["adv_estimator"] == ("grpo" if target else "asyppo")
     else:
-        expected = {"--help": "powered by Hydra", "--hydra-help": "--cfg", "--info": "pkg://verl.trainer.config"}
-        assert expected[flags[0]].lower() in answer.stdout.lower()
+        assert "powered by hydra" in answer.stdout.lower()

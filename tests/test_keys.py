@@ -17,7 +17,7 @@ import asyppo_verl
 from recipe.asyppo.plan.settings import Settings
 
 NODES = "actor_rollout_ref|algorithm|critic|data|reward|skip|trainer|transfer_queue"
-KEY = re.compile(rf"(?<![\w./-])\+*((?:{NODES})(?:\.\w+)+)")
+KEY = re.compile(rf"(?<![\w./-])\+*((?:{NODES})(?:\.\w+)+)(?=[=\"'])")
 HANDED_ON = re.compile(r"engine_kwargs\.vllm\.|override_config\.|reward_kwargs\.")
 """To vLLM, transformers and the reward, whose names these are."""
 
@@ -59,7 +59,7 @@ def named_by_planner() -> set[str]:
 
 def test_every_key_is_read(root, compose, code, read_of_critic):
     keys = named_by_scripts(root) | {key for key in named_by_planner() if not key.startswith("asyppo.")}
-    assert len(keys) > 100
+    assert len(keys) > 80
     config = compose()
     added = {"critic.ppo_infer_max_token_len_per_gpu"}  # read, but not in verl's yaml
     for key in keys:

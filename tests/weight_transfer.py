@@ -27,8 +27,12 @@ from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 def transfer(toy: Path, value: float) -> dict:
     config = composing(overrides_for(toy))().actor_rollout_ref
     os.environ |= {"RANK": "0", "RAY_LOCAL_WORLD_SIZE": "1"}
-    vLLMHttpServer(config.rollout, config.model, RolloutMode.HYBRID, [], 0, 0, 1, 1, cuda_visible_devices="")
+    server = ray.remote(vLLMHttpServer).remote(
+        config.rollout, config.model, RolloutMode.HYBRID, [], 0, 0, 1, 1, cuda_visible_devices=""
+    )
     # What a process of vLLM's asks for, which has the server's environment.
+    names = ("VERL_REPLICA_RANK", "VERL_RAY_JOB_ID")
+    os.environ |= ray.get(server.__ray_call__.remote(lambda _: {name: os.environ[name] for name in names}))
     receiver = BucketedWeightReceiver(
         vLLMColocateWorkerExtension._get_zmq_handle(SimpleNamespace(local_rank=0, model_runner=None)),
         torch.device("cpu"),
