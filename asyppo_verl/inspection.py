@@ -1,12 +1,10 @@
 """Keep a few groups of a step, token by token, for the report's token view: a Parquet file a step, a row a response."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 
@@ -44,44 +42,56 @@ def write(
     keys = sorted(batch_io.response_keys(batch))
     first = sorted({batch_io.session_of(key)[0] for key in keys})[:groups]
     keys = [key for key in keys if batch_io.session_of(key)[0] in first]
-    fields = ["responses", "rm_scores", *(field for field in ("entropy",) if field in batch.fields)]
-    texts = batch_io.fetch(batch_io.select(batch, keys, fields), *fields)
-    prompts = batch_io.fetch(batch_io.select(batch, keys, ["prompts"]), "prompts")
-    decode = decoder(tokenizer)
-    rewards, ids = _rows(texts, texts["rm_scores"], keys), _rows(texts, texts["responses"], keys)
-    vectors = {
-        "is_response": responses["response_mask"].bool(),
-        **{f"value_{index}": values_N for index, values_N in enumerate(values_MN)},
-        "sigma": sigma_N,
-        "advantage": responses["advantages"],
-        "advantage_after_mask": asyppo.mask_advantage(responses["advantages"], keep_adv_N),
-        "masked": ~keep_adv_N,
-        "filtered": ~keep_ent_N,
-    }
-    columns = {
-        "step": [step] * len(keys),
-        "group": [batch_io.session_of(key)[0] for key in keys],
-        "response": [key.removeprefix(batch_io.session_of(key)[0] + "_") for key in keys],
-        "prompt": ["".join(token_texts(row, decode)) for row in _rows(prompts, prompts["prompts"], keys)],
-        "score": [float(row.sum()) for row in rewards],
-        "token_id": ids,
-        "token": [token_texts(row, decode) for row in ids],
-        "reward": rewards,
-        **{name: _rows(responses, vector_N, keys) for name, vector_N in vectors.items()},
-        **{field: _rows(texts, texts[field], keys) for field in fields[2:]},
+    keep_adv, keep_ent = _rows(responses, keep_adv_N, keys), _rows(responses, keep_ent_N, keys)
+    advantages = _rows(responses, responses["advantages"], keys)
+    columns = {"step": [step] * len(keys)} | _texts(batch, keys, decoder(tokenizer))
+    columns |= {f"value_{index}": _rows(responses, values_N, keys) for index, values_N in enumerate(values_MN)}
+    columns |= {
+        "is_response": [row.bool() for row in _rows(responses, responses["response_mask"], keys)],
+        "sigma": _rows(responses, sigma_N, keys),
+        "advantage": advantages,
+        "advantage_after_mask": list(map(asyppo.mask_advantage, advantages, keep_adv)),
+        "masked": [~row for row in keep_adv],
+        "filtered": [~row for row in keep_ent],
     }
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"step_{step:06d}.unfinished"
-    pq.write_table(pa.table(columns), unfinished, compression="zstd")
+    table = pa.table({name: [_plain(cell) for cell in column] for name, column in columns.items()})
+    pq.write_table(table, unfinished, compression="zstd")
     unfinished.replace(folder / f"step_{step:06d}.parquet")
 
 
-def _rows(responses: batch_io.Responses, vector_N: Tensor, keys: Sequence[str]) -> list[np.ndarray]:
-    """The rows with these keys of a vector; numbers as float32 (or whole), whatever their precision was."""
+def _texts(batch: KVBatchMeta, keys: Sequence[str], decode: Callable[[tuple[int, ...]], str]) -> dict[str, list]:
+    """The columns that stand in TransferQueue."""
+    fields = ["responses", "rm_scores", *(field for field in ("entropy",) if field in batch.fields)]
+    texts = batch_io.fetch(batch_io.select(batch, list(keys), fields), *fields)
+    prompts = batch_io.fetch(batch_io.select(batch, list(keys), ["prompts"]), "prompts")
+    ids, rewards, *entropy = (_rows(texts, texts[field], keys) for field in fields)
+    sessions = [batch_io.session_of(key) for key in keys]
+    return {
+        "group": [group for group, _ in sessions],
+        "response": [key.removeprefix(f"{group}_") for key, (group, _) in zip(keys, sessions, strict=True)],
+        "prompt": ["".join(token_texts(row.tolist(), decode)) for row in _rows(prompts, prompts["prompts"], keys)],
+        "score": [float(row.sum()) for row in rewards],
+        "token_id": ids,
+        "token": [token_texts(row.tolist(), decode) for row in ids],
+        "reward": rewards,
+        **({"entropy": entropy[0]} if entropy else {}),
+    }
+
+
+def _plain(cell: Any) -> Any:
+    """A vector as numpy has it, which knows no bfloat16."""
+    if not isinstance(cell, Tensor):
+        return cell
+    return (cell.float() if cell.is_floating_point() else cell).numpy()
+
+
+def _rows(responses: batch_io.Responses, vector_N: Tensor, keys: Sequence[str]) -> list[Tensor]:
+    """The rows of a vector that have these keys."""
     where = {key: index for index, key in enumerate(responses.keys)}
     starts = responses.offsets.tolist()
-    rows = [vector_N[starts[where[key]] : starts[where[key] + 1]] for key in keys]
-    return [(row.to(torch.float32) if row.is_floating_point() else row).numpy() for row in rows]
+    return [vector_N[starts[where[key]] : starts[where[key] + 1]] for key in keys]
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -103,12 +113,12 @@ def decoder(tokenizer: Any) -> Callable[[tuple[int, ...]], str]:
     return text
 
 
-def token_texts(tokens: Iterable[int], decode: Callable[[tuple[int, ...]], str]) -> list[str]:
+def token_texts(tokens: Sequence[int], decode: Callable[[tuple[int, ...]], str]) -> list[str]:
     """The text of every token; a character made of several tokens stands at its first one, the others have none.
 
     A character has at most four bytes, hence at most four tokens; bytes that never become one are shown as U+FFFD.
     """
-    ids = tuple(map(int, tokens))
+    ids = tuple(tokens)
     texts: list[str] = []
     while len(texts) < len(ids):
         start = len(texts)
