@@ -236,8 +236,7 @@ def test_a_run_leaves_nothing_behind(root, toy):
 
 
 def test_a_kept_step_is_timed_and_counted(root):
-    result = last_line(
-        root, "benchmarks/inspection.py", *"--prompts 4 --length 64 --repeats 2 --step-seconds 10".split()
-    )
+    options = ["--prompts", "4", "--length", "64", "--repeats", "2", "--step-seconds", "10"]
+    result = last_line(root, "benchmarks/inspection.py", *options)
     assert result["tokens"] == 2 * 16 * 64
     assert result["share"] == pytest.approx(result["seconds"] / 10, abs=1e-4)
