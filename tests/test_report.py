@@ -14,8 +14,9 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from matplotlib import image
 
-from recipe.asyppo.report import curves, ranges, runs
+from recipe.asyppo.report import curves, pictures, ranges, runs
 from recipe.asyppo.report.__main__ import main
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\u2028\u202e&lt;"
@@ -49,16 +50,8 @@ def write_run(folder: Path, *, steps: int = 24, seed: int = 1, settings: dict | 
 @pytest.fixture(scope="module")
 def browser():
     """A real Chromium; the page may ask for nothing beyond itself."""
-    from playwright.sync_api import sync_playwright
-
-    program = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-    assert program, "these tests open the report in a browser: apt-get install chromium"
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    quiet += ["--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=quiet)
+    with pictures.chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -372,3 +365,14 @@ def test_ten_thousand_tokens_are_shown_and_the_page_stays_small(tmp_path, opened
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.locator(".response .text span").nth(9_999).hover()
     assert "token 10000" in page.locator(".numbers").nth(0).inner_text()
+
+
+def test_the_pictures_of_the_docs_are_made_from_a_run(tmp_path):
+    run = write_run(tmp_path / "run")
+    keep_tokens(run, 5, [["so", " 2"], ["no"]])
+    command = [sys.executable, "-m", "recipe.asyppo.report.pictures", str(run), "--out", str(tmp_path / "docs")]
+    subprocess.run(command, check=True, capture_output=True)
+    curve, view = (tmp_path / "docs" / name for name in ("asyppo_cpu.png", "token_view.png"))
+    for picture in (curve, view):
+        height, width, _ = image.imread(picture).shape
+        assert width > 900 and height > 300
