@@ -100,12 +100,13 @@ def test_a_resumed_run_has_its_earlier_steps_and_a_cut_line_is_left_out(tmp_path
     folder = write_run(tmp_path / "run", steps=6)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.history.jsonl").write_text("".join(lines[:4]))
-    again = json.dumps({"step": 4, "data": {"critic/score/mean": 9.0, "asyppo/explained_var": None}}) + "\n"
+    data = {"critic/score/mean": 9.0, "asyppo/explained_var": None, "text": "x", "table": [1]}
+    again = json.dumps({"step": 4, "data": data}) + "\n"
     (folder / "metrics.jsonl").write_text(again + lines[4] + lines[5][:20])
     run = runs.load(folder)
     assert run.steps == [1, 2, 3, 4, 5]
     assert run.metrics["critic/score/mean"] == pytest.approx([0.411, 0.421, 0.431, 9.0, 0.451])
-    assert run.not_finite == {"asyppo/explained_var": [4]}
+    assert run.not_finite == {"asyppo/explained_var": [4]} and not {"text", "table"} & run.metrics.keys()
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"holds no metrics.jsonl; give a run folder"):
         runs.load(folder)
@@ -338,7 +339,9 @@ def test_any_text_is_shown_as_it_is_and_never_run(tmp_path, opened):
     run = write_run(tmp_path / "run")
     hostile = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", HOSTILE, "\x00"]
     rtl = ["الجواب", " هو", " ٣٦", " = ", "שלום", "\u202e", "👩🏽‍🔬", "", "答案"]
-    keep_tokens(run, 5, [hostile, rtl], prompt=lambda count: HOSTILE)
+    table = keep_tokens(run, 5, [hostile, rtl], prompt=lambda count: HOSTILE)
+    # verl computes no entropy with rollout_correction.bypass_mode.
+    table.drop(columns="entropy").to_parquet(run / "checkpoints/inspect/step_000005.parquet")
     main([str(run)])
     page = opened(run / "report/index.html")
     texts = page.locator(".response .text")
@@ -349,6 +352,8 @@ def test_any_text_is_shown_as_it_is_and_never_run(tmp_path, opened):
     assert page.locator("script").count() == 3 and page.locator("img").count() == 0
     first, last = (texts.nth(1).locator("span").nth(i).bounding_box() for i in (0, 2))
     assert first["x"] > last["x"], "read from the right to the left"
+    assert "entropy" not in page.locator(".numbers").nth(0).inner_text()
+    page.locator("[name=colour]").select_option("entropy")
 
 
 def test_ten_thousand_tokens_are_shown_and_the_page_stays_small(tmp_path, opened):
