@@ -16,7 +16,7 @@ import pytest
 import yaml
 from matplotlib import image
 
-from recipe.asyppo.report import curves, pictures, ranges, runs
+from recipe.asyppo.report import curves, pictures, ranges, runs, verdict
 from recipe.asyppo.report.__main__ import main
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\u2028\u202e&lt;"
@@ -131,8 +131,8 @@ def test_a_resumed_run_has_its_earlier_steps_and_a_cut_line_is_left_out(tmp_path
     ],
 )
 def test_the_verdict_names_what_is_outside_its_range_and_nothing_else(tmp_path, key, value, said):
-    assert ranges.judge(runs.load(write_run(tmp_path / "healthy"))) == []
-    findings = ranges.judge(runs.load(write_run(tmp_path / "ill", **{key: value})))
+    assert verdict.judge(runs.load(write_run(tmp_path / "healthy"))) == []
+    findings = verdict.judge(runs.load(write_run(tmp_path / "ill", **{key: value})))
     also = {"asyppo/sigma/p90"} if key == "asyppo/sigma/p50" else set()  # it is measured by the median
     assert {finding.metric for finding in findings} == {key} | also
     assert findings[0].value == said and findings[0].advice
@@ -141,10 +141,10 @@ def test_the_verdict_names_what_is_outside_its_range_and_nothing_else(tmp_path, 
 def test_a_limit_from_the_settings_is_the_run_s_own_and_one_critic_has_no_disagreement(tmp_path):
     masks_none = {"asyppo": {"adv_mask_fraction": 0.0}}
     run = write_run(tmp_path / "none", settings=masks_none, **{"asyppo/adv_masked_fraction": lambda step: 0.0})
-    assert ranges.judge(runs.load(run)) == []
+    assert verdict.judge(runs.load(run)) == []
     equal = {"asyppo/sigma/p50": lambda step: 0.0, "asyppo/sigma/p90": lambda step: 0.0}
     alone = write_run(tmp_path / "alone", settings={"asyppo": {"num_critics": 1}}, **equal)
-    assert ranges.judge(runs.load(alone)) == []
+    assert verdict.judge(runs.load(alone)) == []
 
 
 def test_the_documented_ranges_are_those_of_the_verdict(root):
@@ -193,9 +193,9 @@ def test_curves_and_numbers_are_those_of_the_log(report, opened):
 
 def test_verdict_and_settings_are_shown_as_text(report, opened):
     page = opened(report)
-    verdict = page.locator("#verdict")
-    assert "1 metric is outside" in verdict.inner_text()
-    cells = verdict.locator("td").all_text_contents()
+    shown = page.locator("#verdict")
+    assert "1 metric is outside" in shown.inner_text()
+    cells = shown.locator("td").all_text_contents()
     assert cells[1:3] == ["asyppo/explained_var", "-0.5"] and cells[3].startswith("above 0")
     rows = page.locator("#settings tr").all()
     assert rows[1].locator("td").all_text_contents() == ["data.seed", "1", "2", "1"]
