@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import ray
 import torch
@@ -22,8 +23,10 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from asyppo_verl import batch_io
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage
 from asyppo_verl.critic_worker import CRITIC_ID, value_field
+from asyppo_verl.inspection import decoder, token_texts
 from asyppo_verl.preflight import prepare
 from asyppo_verl.trainer import AsyPPOTrainerSync
+from recipe.asyppo.toy.make_toy import build_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -226,6 +229,124 @@ def test_values_advantages_and_masks(compose, clean):
     )
     assert metrics["asyppo/adv_masked_fraction"] == pytest.approx(math.floor(0.2 * tokens) / tokens)
     assert batch_io.KEEP_ENTROPY in batch.fields and value_field(0) not in batch.fields
+
+
+OWN_RULES = """
+import torch
+from asyppo_verl.asyppo import keep_entropy
+from asyppo_verl.order_statistics import count_of, select
+
+def in_each_response(sigma_N, is_response_N, offsets, adv_mask_fraction, entropy_filter_fraction):
+    keep_N = torch.ones_like(is_response_N)
+    for start, end in zip(offsets[:-1], offsets[1:]):
+        sigma, is_response = sigma_N[start:end], is_response_N[start:end]
+        count = count_of(adv_mask_fraction, int(is_response.sum()))
+        keep_N[start:end] = ~select(sigma, is_response, count, largest=False)
+    return keep_N, keep_entropy(sigma_N, is_response_N, fraction=entropy_filter_fraction)
+
+def where_the_reward_is(rm_scores_N, is_response_N, floor=0.5):
+    return ~((rm_scores_N > floor) & is_response_N), torch.ones_like(is_response_N)
+
+def asks_too_much(policy_mood_N, is_response_N):
+    pass
+
+def answers_too_little(is_response_N):
+    return is_response_N, is_response_N.long()
+"""
+"""A researcher's file: a masking rule of its own, a third signal, and two mistakes."""
+
+
+@pytest.fixture
+def own_rules(tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(OWN_RULES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_due_step_keeps_whole_groups_token_by_token(compose, clean, tmp_path):
+    batch = put_rows(RAGGED)
+    values = force_values(batch, 2)
+    lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+    entropy = {key: torch.rand(length) for key, length in lengths.items()}
+    nested = torch.nested.as_nested_tensor([entropy[key] for key in batch.keys], layout=torch.jagged)
+    tq.kv_batch_put(
+        keys=batch.keys, partition_id="train", fields=TensorDict({"entropy": nested}, batch_size=len(batch))
+    )
+    options = ["+asyppo.inspect.every=2", f"trainer.default_local_dir={tmp_path}"]
+    trainer = trainer_for(compose, *options)
+    trainer.tokenizer = build_tokenizer()
+    step(trainer, batch, values)
+    assert not list(tmp_path.iterdir()), "step 1 is not due"
+    trainer.global_steps = 2
+    batch, _ = step(trainer, batch, values)
+
+    rows = pandas.read_parquet(tmp_path / "inspect/step_000002.parquet")
+    keys = [f"{row.group}_{row.response}" for row in rows.itertuples()]
+    assert keys == sorted(key for key in entropy if key[:2] in ("aa", "bb")), "two groups, all their rows, no padding"
+    of = {field: stored(batch, field) for field in ("prompts", "responses", "response_mask", "rm_scores", "advantages")}
+    for key, row in zip(keys, rows.itertuples(), strict=True):
+        _, sigma = ensemble_value(torch.stack(values[key]))
+        expected = {
+            "token_id": of["responses"][key],
+            "reward": of["rm_scores"][key],
+            "value_0": values[key][0],
+            "value_1": values[key][1],
+            "sigma": sigma,
+            "entropy": entropy[key],
+            "is_response": of["response_mask"][key].bool(),
+            "advantage_after_mask": of["advantages"][key],
+        }
+        for column, tensor in expected.items():
+            assert torch.equal(torch.tensor(getattr(row, column)), tensor), column
+        masked, after = torch.tensor(row.masked), of["advantages"][key]
+        assert torch.equal(torch.where(masked, 0, torch.tensor(row.advantage)), after)
+        assert not (masked | torch.tensor(row.filtered))[~expected["is_response"]].any()
+        assert row.step == 2 and row.score == expected["reward"].sum()
+        assert len(row.token) == lengths[key]
+        assert row.prompt == "".join(token_texts(of["prompts"][key], decoder(trainer.tokenizer)))
+    assert rows.masked.map(sum).sum() and rows.filtered.map(sum).sum()
+
+
+def test_a_masking_rule_of_ones_own_is_one_function_and_one_line(compose, clean, own_rules):
+    """A third of every response, instead of a third of the batch."""
+    batch = put_rows(RAGGED)
+    real, values = sorted(batch.keys), force_values(batch, 2)
+    trainer = trainer_for(compose, "+asyppo.selection=own_rules.in_each_response", "+asyppo.adv_mask_fraction=0.34")
+    batch, _ = step(trainer, batch, values)
+    advantages, masks = stored(batch, "advantages"), stored(batch, "response_mask")
+    for key in real:
+        sigma, is_response = (values[key][0] - values[key][1]).abs(), masks[key].bool()
+        lowest = sigma[is_response].sort().values[: math.floor(0.34 * int(is_response.sum()))]
+        assert torch.equal(advantages[key][is_response] == 0, torch.isin(sigma[is_response], lowest)), key
+
+
+def test_a_third_signal_is_one_function_and_one_line(compose, clean, own_rules):
+    """Here a field that verl's batch has; no sigma is asked for."""
+    batch = put_rows(RAGGED)
+    real, values = sorted(batch.keys), force_values(batch, 2)
+    batch, metrics = step(trainer_for(compose, "+asyppo.selection=own_rules.where_the_reward_is"), batch, values)
+    advantages, rewards = stored(batch, "advantages"), stored(batch, "rm_scores")
+    masks = stored(batch, "response_mask")
+    assert any((rewards[key] > 0.5).any() for key in real)
+    for key in real:
+        is_response = masks[key].bool()
+        assert torch.equal((advantages[key] == 0)[is_response], (rewards[key] > 0.5)[is_response])
+    assert metrics["asyppo/entropy_filtered_fraction"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_rules.asks_too_much", "no field policy_mood; it has .*rm_scores"),
+        ("own_rules.answers_too_little", "must return two bool vectors"),
+        ("own_rules.is_not_there", "asyppo.selection=own_rules.is_not_there cannot be loaded"),
+        ("nowhere.at_all", "asyppo.selection=nowhere.at_all cannot be loaded .*PYTHONPATH"),
+    ],
+)
+def test_a_selection_that_cannot_work_says_why(compose, clean, own_rules, name, message):
+    batch = put_rows(RAGGED)
+    values = force_values(batch, 2)
+    with pytest.raises(ValueError, match=message):
+        step(trainer_for(compose, f"+asyppo.selection={name}"), batch, values)
 
 
 def test_the_order_of_rows_does_not_matter(compose, clean):
