@@ -142,8 +142,6 @@ def _parse(text: str, pairs: bool) -> Any:
         )
     except Exception:
         return None
-    if isinstance(value, sympy.MatrixBase):
-        value = sympy.Tuple(*(sympy.Tuple(*row) for row in value.tolist()))
     if value.has(sympy.Derivative, sympy.Limit, sympy.zoo, sympy.nan):
         return None
     return value.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in value.atoms(sympy.Float)})
@@ -170,10 +168,16 @@ def _value(expression: sympy.Expr, point: int) -> sympy.Expr | None:
 
 
 def _same(true: Any, value: Any) -> bool:
+    true, value = (
+        sympy.Tuple(*(sympy.Tuple(*row) for row in part.tolist())) if isinstance(part, sympy.MatrixBase) else part
+        for part in (true, value)
+    )
     many, statements = (sympy.Tuple, sympy.FiniteSet), (sympy.Set, Relational, BooleanFunction)
     if isinstance(true, many) or isinstance(value, many):
         return _same_parts(*(part if isinstance(part, many) else sympy.FiniteSet(part) for part in (true, value)))
     if isinstance(true, sympy.Eq) and isinstance(value, sympy.Eq):
+        if true.lhs == value.lhs and _same(true.rhs, value.rhs):
+            return True
         # One equation is the other times a constant, or has its sides exchanged.
         values = [(_value(true.lhs - true.rhs, i), _value(value.lhs - value.rhs, i)) for i in range(5)]
         ratios = [exact / given for exact, given in values if exact and given]
