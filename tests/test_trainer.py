@@ -79,7 +79,7 @@ class ForcedCritics:
         return SimpleNamespace(get=lambda: {"metrics": metrics})
 
 
-def put_rows(sessions: dict[str, list[int]], seed: int = 0) -> KVBatchMeta:
+def put_rows(sessions: dict[str, list[int]], seed: int = 0, observations: float = 0.2) -> KVBatchMeta:
     """Write rows to TransferQueue. ``sessions``: group id -> outputs of each of its sessions (0: it has none)."""
     generator = torch.Generator().manual_seed(seed)
     keys, rows, tags = [], [], []
@@ -87,7 +87,7 @@ def put_rows(sessions: dict[str, list[int]], seed: int = 0) -> KVBatchMeta:
         for session, count in enumerate(outputs):
             for output in range(count):
                 prompt, response = (int(torch.randint(3, 9, (), generator=generator)) for _ in range(2))
-                mask = (torch.rand(response, generator=generator) < 0.8).long()  # 0: an observation token
+                mask = (torch.rand(response, generator=generator) < 1 - observations).long()  # 0: an observation token
                 mask[-1] = 1
                 ids = torch.randint(0, 250, (prompt + response,), generator=generator)
                 reward = torch.zeros(response)
