@@ -9,6 +9,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from asyppo_verl import selection
 from asyppo_verl.checkpoint import critic_folders
 from asyppo_verl.config import ESTIMATOR, PLUGIN_MODULE, SUPPORTED_VERL, TRAINER_PREFIX, AsyPPOConfig
 from asyppo_verl.critic_settings import critic_nodes
@@ -65,6 +66,7 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     try:
         check_kinds(config)
         asyppo = read_config(config)
+        selection.load(asyppo.selection)
         check_against_verl(config, asyppo)
         check_checkpoints(config)
         resumed = _check_workers(config, asyppo)
