@@ -162,8 +162,8 @@ def credit(run: Settings, rewards_BT: Tensor, values_MBT: Tensor, is_response_BT
     value_BT, sigma_BT = asyppo.ensemble_value(values_MBT)
     advantages_BT, _ = gae(rewards_BT, value_BT, is_response_BT, run.lam)
     _, returns_BT = gae(rewards_BT, value_BT, is_response_BT, run.critic_lam)
-    keep_adv_BT = asyppo.keep_advantage(sigma_BT, is_response_BT, fraction=run.adv_mask_fraction)
-    keep_ent_BT = asyppo.keep_entropy(sigma_BT, is_response_BT, fraction=run.entropy_filter_fraction)
+    shares = {"adv_mask_fraction": run.adv_mask_fraction, "entropy_filter_fraction": run.entropy_filter_fraction}
+    keep_adv_BT, keep_ent_BT = asyppo.select_tokens(sigma_BT, is_response_BT, **shares)
     flat = [x.flatten() for x in (value_BT, sigma_BT, returns_BT, is_response_BT)]
     metrics = ensemble_metrics(values_MBT.flatten(1), *flat)
     metrics |= selection_metrics(*(x.flatten() for x in (advantages_BT, keep_adv_BT, keep_ent_BT, is_response_BT)))
