@@ -127,7 +127,7 @@ def test_the_critics_loss_and_gradients_are_those_of_verl(compose, seed):
         loss.backward()
         torch.testing.assert_close(ours[critic], loss, **CLOSE)
         torch.testing.assert_close(now.grad[critic], theirs.grad, **CLOSE)
-        assert metrics["critic/vf_clipfrac"].aggregate() > 0
+        assert metrics["critic/vf_clipfrac"] > 0
 
 
 def small(seed: int, count: int) -> one_page.Models:

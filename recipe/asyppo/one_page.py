@@ -100,11 +100,11 @@ class Models:
         self.steps += 1
         gradients = torch.autograd.grad(loss_S.sum(), list(self.weights.values()))
         norm_S11 = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)[:, None, None]
-        rate_S11 = (self.lr_S * (1 - 0.999**self.steps) ** 0.5 / (1 - 0.9**self.steps))[:, None, None]
+        rate_S11 = (self.lr_S / (1 - 0.9**self.steps))[:, None, None]
         for x, gradient, (first, second) in zip(self.weights.values(), gradients, self.moments, strict=True):
             first.lerp_(gradient / norm_S11.clamp_min(1), 0.1)
             second.lerp_((gradient / norm_S11.clamp_min(1)).square(), 0.001)
-            x.data -= rate_S11 * first / (second.sqrt() + 1e-8)
+            x.data -= rate_S11 * first / ((second / (1 - 0.999**self.steps)).sqrt() + 1e-8)
 
 
 def problems() -> tuple[Tensor, Tensor]:
@@ -164,9 +164,9 @@ def credit(run: Settings, rewards_BT: Tensor, values_MBT: Tensor, is_response_BT
     _, returns_BT = gae(rewards_BT, value_BT, is_response_BT, run.critic_lam)
     shares = {"adv_mask_fraction": run.adv_mask_fraction, "entropy_filter_fraction": run.entropy_filter_fraction}
     keep_adv_BT, keep_ent_BT = asyppo.select_tokens(sigma_BT, is_response_BT, **shares)
-    flat = [x.flatten() for x in (value_BT, sigma_BT, returns_BT, is_response_BT)]
-    metrics = ensemble_metrics(values_MBT.flatten(1), *flat)
-    metrics |= selection_metrics(*(x.flatten() for x in (advantages_BT, keep_adv_BT, keep_ent_BT, is_response_BT)))
+    values, selected = (value_BT, sigma_BT, returns_BT), (advantages_BT, sigma_BT, keep_adv_BT, keep_ent_BT)
+    metrics = ensemble_metrics(values_MBT.flatten(1), *(x.flatten() for x in (*values, is_response_BT)))
+    metrics |= selection_metrics(*(x.flatten() for x in (*selected, is_response_BT)))
     return asyppo.mask_advantage(advantages_BT, keep_adv_BT), returns_BT, keep_ent_BT, metrics
 
 
