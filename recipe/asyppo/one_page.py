@@ -1,8 +1,7 @@
 """AsyPPO, PPO and GRPO on one page, from sampling to update: plain torch, no verl, no Ray.
 
-``python -m recipe.asyppo.one_page`` trains all three in two to three minutes on two cores (on a GPU if there is one) and
-draws one_page.png. The method itself is :mod:`asyppo_verl.asyppo`; :func:`credit` is where the three differ.
-tests/test_one_page.py holds every formula here to verl's.
+``python -m recipe.asyppo.one_page`` trains all three in two to three minutes on two cores, or on a GPU, and draws one_page.png.
+The method is :mod:`asyppo_verl.asyppo`, :func:`credit` is where the three differ, tests/test_one_page.py holds all to verl.
 
 Shape suffixes: R runs trained at once; M critics; S models stacked for one computation (R actors, or R * M critics);
 B responses; P, T, L positions of prompt, response, both; D width; V tokens.
@@ -111,7 +110,8 @@ def problems() -> tuple[Tensor, Tensor]:
     """The task is to spell three digits: all prompts (1000, P), "407=", and answers (1000, T), "four zero seven"."""
     prompts = [f"{number:03}=" for number in range(1000)]
     answers = [" ".join(WORDS[int(digit)] for digit in prompt[:3]).ljust(T, ALPHABET[END]) for prompt in prompts]
-    return tuple(torch.tensor([list(map(ALPHABET.index, text)) for text in texts]) for texts in (prompts, answers))
+    asked, right = ([list(map(ALPHABET.index, text)) for text in texts] for texts in (prompts, answers))
+    return torch.tensor(asked), torch.tensor(right)
 
 
 def starting_actor(*, steps: int = 200) -> Models:
@@ -129,15 +129,16 @@ def starting_actor(*, steps: int = 200) -> Models:
 
 def sample(actors: Models, prompts_RBP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A response to every prompt: tokens (R, B, L), log-probabilities (R, B, T), and which of them count (R, B, T)."""
-    tokens, log_probs, cache = [prompts_RBP], [], []
+    tokens, log_probs = [prompts_RBP], []
+    cache: list[Tensor] = []
     for _ in range(T):
         log_prob_RBV = actors(tokens[-1], cache)[:, :, -1].log_softmax(-1)
         tokens.append(log_prob_RBV.exp().flatten(0, 1).multinomial(1).view(*prompts_RBP.shape[:2], 1))
         log_probs.append(log_prob_RBV.gather(-1, tokens[-1]))
-    is_end_RBT = torch.cat(tokens[1:], -1) == END
+    is_end_RBT = (drawn_RBT := torch.cat(tokens[1:], -1)) == END
     is_response_RBT = is_end_RBT.cumsum(-1) - is_end_RBT.long() == 0  # the first end still counts
-    responses_RBT = torch.where(is_response_RBT, torch.cat(tokens[1:], -1), END)
-    return torch.cat([prompts_RBP, responses_RBT], -1), torch.cat(log_probs, -1), is_response_RBT
+    tokens_RBL = torch.cat([prompts_RBP, torch.where(is_response_RBT, drawn_RBT, END)], -1)
+    return tokens_RBL, torch.cat(log_probs, -1), is_response_RBT
 
 
 def gae(rewards_BT: Tensor, values_BT: Tensor, is_response_BT: Tensor, lam: float) -> tuple[Tensor, Tensor]:
@@ -212,8 +213,7 @@ def train(runs: Sequence[Settings], start: Models, *, steps: int, name: str = ""
         per_run = map(credit, runs, rewards_RBT, values_SBT.unflatten(0, (R, M)), is_response_RBT)
         *earned, metrics = zip(*per_run, strict=True)
         advantages_RBT, returns_RBT, keep_RBT = map(torch.stack, earned)
-        scores_R = score_RB1.mean((1, 2)).tolist()
-        history.append([{"reward": score, **m} for score, m in zip(scores_R, metrics, strict=True)])
+        history.append([{"reward": float(score_RB1[r].mean()), **metrics[r]} for r in range(R)])
         for part in first.epochs * torch.arange(B).chunk(first.mini_batches):
             if M:
                 returns, is_own = returns_RBT[:, part].repeat_interleave(M, 0), is_own_SB1 & is_response_SBT
@@ -241,7 +241,7 @@ def main() -> None:
         history = train([settings] * arguments.runs, start, steps=arguments.steps, name=name)
         for axis, metric in zip(axes, CURVES, strict=True):
             axis.plot([sum(run.get(metric, math.nan) for run in step) / len(step) for step in history], label=name)
-            axis.set_title(metric)
+            axis.set(title=metric, ylim=(-0.2, 1.2))
     axes[0].legend()
     figure.savefig("one_page.png")
 
