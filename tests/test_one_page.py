@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+from verl.trainer.ppo.core_algos import compute_gae_advantage_return, compute_grpo_outcome_advantage
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import value_loss
@@ -37,6 +37,16 @@ def test_grpo_is_verls():
     ours, *_ = one_page.credit(Settings(num_critics=0, responses=4), rewards, rewards[None][:0], mask)
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert theirs.any()
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.0])
+def test_gae_is_verls(lam):
+    case = Batch()
+    rewards = case.returns[0] * case.is_response[0]
+    theirs = compute_gae_advantage_return(rewards, case.now[0], case.is_response[0].float(), gamma=1.0, lam=lam)
+    ours = one_page.gae(rewards, case.now[0], case.is_response[0], lam)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine * case.is_response[0], other * case.is_response[0], **CLOSE)
 
 
 class Batch:
