@@ -37,7 +37,7 @@ UNREADABLE = re.compile(
     r"|\\(?:gcd|lcm)\([^()]*[a-z]|[A-Z]\^\{\\?(?:[Tc*]|top|ast|dagger)\}|[A-Za-z]\^\{\(\w+\)\}|(?<![\\A-Za-z])[f-h]\^\{-1\}\("
 )
 # Sines of degrees; f' is a name of its own, and E and I are names, not Euler's number and the imaginary unit.
-READABLE = [
+READABLE: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{\d\})?\(?)(\d+)\^\{\\circ\}"), r"\1\\frac{\2\\pi}{180}"),
     (re.compile(r"\^\{\\circ\}"), ""),
     (re.compile(r"('+)"), lambda primes: f"_{{{'p' * len(primes[1])}}}"),
