@@ -8,10 +8,9 @@ from typing import Any
 
 import wrapt
 
-from asyppo_verl import cpu, preflight
-from asyppo_verl.config import ESTIMATOR
+from asyppo_verl import cpu
+from asyppo_verl.config import ESTIMATOR, is_asyppo, is_supported_verl
 from asyppo_verl.cpu import platform as cpu_platform
-from asyppo_verl.preflight.files import check_paths
 
 _is_active = False
 
@@ -24,7 +23,7 @@ def activate() -> None:
     _is_active = True
     cpu_platform.activate()
     wrapt.register_post_import_hook(_check_configurations, "verl.utils.config")
-    if not preflight.is_supported_verl():
+    if not is_supported_verl():
         return  # AsyPPO runs are refused by that check; nothing else of an unknown verl is touched
     for name, hook in (
         ("verl.trainer.ppo.utils", lambda module: wrapt.wrap_function_wrapper(module, "need_critic", _need_critic)),
@@ -48,16 +47,18 @@ def _check_configurations(config_module: Any) -> None:
 
 def _need_critic(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> bool:
     config = args[0] if args else kwargs["config"]
-    return preflight.is_asyppo(config) or wrapped(config)
+    return is_asyppo(config) or wrapped(config)
 
 
 def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+    from asyppo_verl.preflight import prepare
+    from asyppo_verl.preflight.support import check_estimator
+
     config = args[0] if args else kwargs["config"]
-    if preflight.is_asyppo(config):
-        preflight.prepare(config)
-        check_paths(config)
+    if is_asyppo(config):
+        prepare(config)
     else:
-        preflight.pass_over(config)
+        check_estimator(config)
     return wrapped(*args, **kwargs)
 
 

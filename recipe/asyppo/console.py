@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from asyppo_verl.retention import latest_step
+from asyppo_verl.checkpoint import latest_step
 
 PROGRESS = re.compile(r"Training Progress:.*")
 REWARD = "critic/score/mean"

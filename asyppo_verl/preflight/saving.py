@@ -1,0 +1,141 @@
+"""Checkpoints: the run can write them, go on from them, and go on from the one that it is told to."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from asyppo_verl.checkpoint import (
+    Model,
+    check_archive,
+    check_critics,
+    check_files,
+    check_sizes,
+    critic_folders,
+    latest_step,
+)
+from asyppo_verl.config import nearest
+from asyppo_verl.critic_settings import Run
+from asyppo_verl.preflight.gpus import critic_ranks
+from asyppo_verl.preflight.models import ACTOR, CRITIC, built
+
+RESUME_MODES = ("auto", "disable", "resume_path")
+CONTENTS = ("model", "optimizer", "extra", "hf_model")
+"""What verl's checkpoints can hold."""
+WORKERS = {"actor": "actor_rollout_ref.actor", "critic": "critic"}
+SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Entries of a model's configuration that bind its weights to it."""
+CONSEQUENCES = {
+    "model": "cannot go on from its weights",
+    "optimizer": "starts its optimizer anew",
+    "extra": "starts learning rate schedule and random numbers anew",
+}
+"""What a run does that resumes without."""
+
+
+def check_contents(run: Run) -> Iterator[str]:
+    """Refuse contents of checkpoints that verl does not know and so leaves out; say what a resumed run will lack."""
+    for worker in WORKERS.values():
+        for key in (f"{worker}.checkpoint.save_contents", f"{worker}.checkpoint.load_contents"):
+            contents = run.get(key)
+            if not OmegaConf.is_list(contents):
+                continue  # null is all of them
+            for name in contents:
+                if name not in CONTENTS:
+                    raise ValueError(
+                        f"{key} names {name!r}, which verl would leave out in silence{nearest(name, CONTENTS)}; "
+                        f"valid: {', '.join(CONTENTS)}"
+                    )
+            if run.config.trainer.save_freq > 0 and run.get(f"{worker}.strategy") in ("fsdp", "fsdp2"):
+                lost = [consequence for name, consequence in CONSEQUENCES.items() if name not in contents]
+                if lost:
+                    yield f"{key}={list(contents)}: a run that resumes {', '.join(lost)}"
+
+
+def check_folder(run: Run) -> None:
+    """Refuse a folder for checkpoints that cannot be written; that of other nodes is not looked at."""
+    trainer = run.config.trainer
+    key, value = "trainer.default_local_dir", trainer.default_local_dir
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key}={value!r} must name the folder for checkpoints")
+    if trainer.nnodes > 1 or trainer.save_freq <= 0:
+        return
+    folder = Path(value).absolute()
+    present = next(path for path in (folder, *folder.parents) if path.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{key}={value}: {present} is a file or cannot be written, so no checkpoint could be; name another folder"
+        )
+
+
+def resumed_checkpoint(run: Run) -> Path | None:
+    """The ``global_step_<n>`` folder that verl will resume from, None if it starts anew."""
+    trainer = run.config.trainer
+    mode, path = trainer.resume_mode, str(trainer.resume_from_path)
+    if mode not in RESUME_MODES:
+        raise ValueError(
+            f"trainer.resume_mode={mode!r} is not a mode of verl{nearest(str(mode), RESUME_MODES)}; "
+            f"set one of {', '.join(RESUME_MODES)}"
+        )
+    if mode == "disable":
+        return None
+    if mode == "auto":
+        try:
+            last = latest_step(root := Path(trainer.default_local_dir))
+        except ValueError as error:
+            raise ValueError(f"{error}, or start anew with trainer.resume_mode=disable") from error
+        return None if last is None else root / f"global_step_{last}"
+    step = Path(path).name.removeprefix("global_step_")
+    if not step.isdecimal() or not (Path(path).is_dir() or trainer.nnodes > 1):
+        raise ValueError(
+            f"trainer.resume_from_path={path} is not the folder of a checkpoint; name one called global_step_<n>, "
+            "or resume from the last one with trainer.resume_mode=auto"
+        )
+    return Path(path)
+
+
+def check_resume(run: Run) -> Iterator[str]:
+    """Refuse to resume from a checkpoint that is incomplete, corrupt, of another run, or would be loaded without weights.
+
+    With several nodes a rank's files may be on its node only: each rank looks at its own (:mod:`asyppo_verl.critic_worker`),
+    and here only what can be seen is."""
+    trainer, asyppo = run.config.trainer, run.asyppo
+    folder = resumed_checkpoint(run)
+    if trainer.resume_mode == "auto" and trainer.resume_from_path:
+        yield (
+            f"trainer.resume_from_path={trainer.resume_from_path} is not looked at with trainer.resume_mode=auto, which "
+            "resumes from the last checkpoint of trainer.default_local_dir"
+        )
+    if folder is None:
+        return
+    is_local = trainer.nnodes == 1 and (asyppo.pool.nnodes == 1 or not asyppo.critics_are_apart)
+    if is_local:
+        check_critics(folder / "critic", asyppo.num_critics)
+        check_archive(folder / "data.pt", "the position in the training data")
+    names = critic_folders(asyppo.num_critics)
+    models = {f"critic/{names[index]}": ("critic", critic_ranks(run)) for index in run.critics}
+    if not run.own:
+        models["actor"] = ("actor", trainer.nnodes * trainer.n_gpus_per_node)
+    unseen = []
+    for name, (worker, ranks) in models.items():
+        if run.get(f"{WORKERS[worker]}.strategy") not in ("fsdp", "fsdp2"):
+            continue  # only FSDP's files are known here
+        contents = run.get(f"{WORKERS[worker]}.checkpoint.load_contents")
+        if contents is not None and "model" not in contents:
+            raise ValueError(
+                f"{WORKERS[worker]}.checkpoint.load_contents={list(contents)} lacks 'model', so the run would go on from "
+                f"{folder} with the weights of a new one; add it, or start anew with trainer.resume_mode=disable"
+            )
+        config = (built(run, ACTOR) if worker == "actor" else built(run, CRITIC).model).hf_config.get_text_config()
+        sizes = {key: getattr(config, key) for key in SIZES if hasattr(config, key)}
+        model = Model(folder / name, ranks, contents, sizes)
+        seen = [
+            rank for rank in range(ranks) if is_local or any(model.folder.glob(f"*_world_size_{ranks}_rank_{rank}.pt"))
+        ]
+        check_files(model, seen)
+        if is_local or (model.folder / "huggingface" / "config.json").exists():
+            check_sizes(model)
+        unseen += [f"{len(seen)} of {ranks} ranks of {model.folder}"] if len(seen) < ranks else []
+    if unseen:
+        yield f"of the checkpoint only this can be seen here: {'; '.join(unseen)}; each rank will look at its own files"

@@ -1,0 +1,158 @@
+"""Values that verl takes as they are, and that stop a run after minutes, or spoil it without a word."""
+
+import functools
+import importlib.resources
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from asyppo_verl.critic_settings import Run
+from asyppo_verl.preflight.gpus import critic_ranks, fitting_ranks, ranks_key
+
+SECTIONS = ("algorithm", "actor_rollout_ref", "critic", "data", "trainer")
+"""Where types are compared with verl's defaults; elsewhere values go on to libraries that may take other types."""
+
+TRUE_TEXTS = ("true", "yes", "on")
+ALSO_TEXT = ("algorithm.rollout_correction.rollout_is_threshold",)
+"""Numbers that verl takes as text too, here "lower_upper"."""
+
+
+def is_count(value: Any) -> bool:
+    """True for a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_number(value: Any) -> bool:
+    """True for a whole or decimal number other than nan."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+COUNT = ("must be a whole number, 1 or more", is_count)
+NUMBER = ("must be a number", is_number)
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "data.train_batch_size": COUNT,
+    "data.max_prompt_length": COUNT,
+    "data.max_response_length": COUNT,
+    "actor_rollout_ref.rollout.n": COUNT,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": COUNT,
+    "actor_rollout_ref.actor.ppo_epochs": COUNT,
+    "critic.ppo_mini_batch_size": COUNT,
+    "critic.ppo_epochs": COUNT,
+    "critic.fsdp.ulysses_sequence_parallel_size": COUNT,
+    "trainer.nnodes": COUNT,
+    "trainer.n_gpus_per_node": COUNT,
+    "actor_rollout_ref.actor.entropy_coeff": NUMBER,
+    "actor_rollout_ref.actor.optim.lr": NUMBER,
+    "critic.optim.lr": NUMBER,
+    "critic.cliprange_value": NUMBER,
+    "algorithm.gamma": NUMBER,
+    "algorithm.lam": NUMBER,
+    "trainer.save_freq": NUMBER,
+    "trainer.test_freq": NUMBER,
+    "trainer.total_epochs": NUMBER,
+    "trainer.total_training_steps": ("must be a number, or null", lambda value: value is None or is_number(value)),
+    # verl multiplies gradients by what is 0 or negative.
+    "actor_rollout_ref.actor.optim.clip_grad": ("must be above 0; .inf for no bound", lambda v: is_number(v) and v > 0),
+    "critic.optim.clip_grad": ("must be above 0; .inf for no bound", lambda v: is_number(v) and v > 0),
+}
+"""What a key must be, in words, and the function that says so."""
+
+TEMPERATURE = ("must be a number of 0 or more", lambda v: is_number(v) and 0 <= v < math.inf)
+TOP_P = ("must be above 0 and at most 1; 1 for all tokens", lambda v: is_number(v) and 0 < v <= 1)
+TOP_K = ("must be a whole number, 1 or more; -1 for all tokens", lambda v: isinstance(v, int) and v >= -1)
+SAMPLING = {"temperature": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K}
+
+
+def check_types(run: Run) -> None:
+    """Refuse switches and numbers that are text, such as "no", which counts as true, and groups that are single values."""
+    for section in SECTIONS:
+        given = cast(dict, OmegaConf.to_container(run.config[section], resolve=True))
+        found = dict(_misfits(given, default_config()[section], section))
+        # A value taken from another setting comes last: that one is to be named.
+        for path in sorted(found, key=lambda path: OmegaConf.is_interpolation(*_node_and_key(run.config, path))):
+            raise ValueError(f"{run.key(path)}={run.get(path)!r} {found[path]}")
+
+
+@functools.cache
+def default_config() -> dict[str, Any]:
+    """verl's own configuration with nothing overridden, as it ships it in one file."""
+    file = importlib.resources.files("verl.trainer.config") / "_generated_ppo_trainer.yaml"
+    return cast(dict, OmegaConf.to_container(OmegaConf.create(file.read_text()), resolve=True))
+
+
+def _misfits(given: Mapping, defaults: Mapping, prefix: str) -> Iterator[tuple[str, str]]:
+    """Key and what it must be, for each value that cannot be what verl's default is."""
+    for key in defaults.keys() & given.keys():
+        path, value, default = f"{prefix}.{key}", given[key], defaults[key]
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            yield from _misfits(value, default, path)
+        elif isinstance(default, Mapping) and value is not None:
+            yield path, "must be a group of settings; set single keys of it, or remove the override"
+        elif isinstance(default, bool) and isinstance(value, str) and value.lower() not in TRUE_TEXTS:
+            yield path, "must be True or False"
+        elif type(default) in (int, float) and (isinstance(value, str) or value != value) and path not in ALSO_TEXT:
+            yield path, "must be a number"
+
+
+def _node_and_key(config: DictConfig, path: str) -> tuple[DictConfig, str]:
+    parent, _, key = path.rpartition(".")
+    return OmegaConf.select(config, parent), key
+
+
+def check_values(run: Run) -> Iterator[str]:
+    """Refuse numbers out of range, sampling settings included, which vLLM looks at with its first request."""
+    rules = dict(RULES)
+    rollout = "actor_rollout_ref.rollout"
+    validates = run.get("trainer.val_before_train") or (run.get("trainer.test_freq") or 0) > 0
+    for node in (rollout, f"{rollout}.val_kwargs") if validates else (rollout,):
+        rules |= {f"{node}.{key}": rule for key, rule in SAMPLING.items()}
+    for key, (wanted, holds) in rules.items():
+        if not holds(value := run.get(key)):
+            raise ValueError(f"{run.key(key)}={value!r} {wanted}")
+    if run.config.actor_rollout_ref.rollout.temperature == 0:
+        yield f"{rollout}.temperature=0: all responses of a prompt will be equal, and their entropy 0"
+
+
+def check_batches(run: Run) -> None:
+    """Refuse mini-batches that the critics' shards and ranks cannot divide, and micro-batches that the longest row exceeds."""
+    critic, n = run.config.critic, run.config.actor_rollout_ref.rollout.n
+    mini_batch, micro_batch = critic.ppo_mini_batch_size, 1
+    infer = "ppo_infer_max_token_len_per_gpu"  # not in verl's node, but goes first where it has been added
+    if critic.use_dynamic_bsz:
+        longest = run.config.data.max_prompt_length + run.config.data.max_response_length
+        for key in ("ppo_max_token_len_per_gpu", infer if critic.get(infer) else "forward_max_token_len_per_gpu"):
+            tokens = critic[key]
+            if not is_count(tokens) or tokens * critic.fsdp.ulysses_sequence_parallel_size < longest:
+                # verl stops at the first row that does not fit, which may come after hours.
+                raise ValueError(
+                    f"{run.key(f'critic.{key}')}={tokens!r} must have room for a row of data.max_prompt_length + "
+                    f"data.max_response_length = {longest} tokens; raise it to {longest} or more"
+                )
+    else:
+        micro_batch = critic.ppo_micro_batch_size_per_gpu
+        if not is_count(micro_batch):
+            raise ValueError(
+                f"{run.key('critic.ppo_micro_batch_size_per_gpu')}={micro_batch!r} must be a whole number, 1 or more, while "
+                f"{run.key('critic.use_dynamic_bsz')}=False; set it, or use_dynamic_bsz=True"
+            )
+    responses, unit = mini_batch * n, run.asyppo.num_shards * micro_batch
+    data_parallel = critic_ranks(run) // critic.fsdp.ulysses_sequence_parallel_size
+    if responses % (unit * data_parallel):
+        ranks = fitting_ranks(run, micro_batch) if responses % unit == 0 else ""
+        raise ValueError(
+            f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
+            f"{run.asyppo.num_shards} shards x {data_parallel} data-parallel ranks"
+            + ("" if micro_batch == 1 else f" x {run.key('critic.ppo_micro_batch_size_per_gpu')}={micro_batch}")
+            + f"; make the product of the first two a multiple of {unit * data_parallel}"
+            + (f", or give the critics {ranks} GPUs ({ranks_key(run.asyppo)})" if ranks else "")
+        )
+    name = "ppo_infer_micro_batch_size_per_gpu"
+    name = name if critic.get(name) else "forward_micro_batch_size_per_gpu"
+    infer_rows = None if critic.use_dynamic_bsz else critic.get(name)
+    if infer_rows is not None and (not is_count(infer_rows) or responses % (data_parallel * infer_rows)):
+        raise ValueError(
+            f"{run.key(f'critic.{name}')}={infer_rows} does not divide the {responses} responses of a critic "
+            f"mini-batch on {data_parallel} data-parallel ranks; choose a divisor of {responses // data_parallel}"
+        )
