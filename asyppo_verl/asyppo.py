@@ -1,22 +1,25 @@
-"""AsyPPO, the algorithm: which critic trains on which response, their mean and disagreement, and the two selections.
+"""AsyPPO, the method, step by step (Liu et al., "Asymmetric Proximal Policy Optimization: Mini-Critics Boost LLM Reasoning",
+arXiv 2510.01656). What a step of training does to a batch of responses:
 
-Source: Liu et al., "Asymmetric Proximal Policy Optimization: Mini-Critics Boost LLM Reasoning", arXiv 2510.01656.
+1. :func:`assign_shards`: every response of a group goes to one mini-critic, which alone will train on it.
+2. :func:`ensemble_value`: all critics evaluate all responses; their mean is the value, their standard deviation is sigma.
+3. GAE on that value, by verl: the advantages, and the returns that are the critics' targets.
+4. :func:`select_tokens`: by sigma, the tokens whose advantage is used, and those whose entropy earns the bonus.
+   *The* place for another rule or another signal; ``asyppo.selection`` names a function to take its place.
+5. :func:`mask_advantage` and, in the actor's loss, :func:`filter_entropy` apply the two selections. Critics, then actor, train.
 
-Shape suffixes: M mini-critics, B responses, T response tokens, N tokens of a flattened (B, T). Every function that takes
-a (B, T) tensor takes any other shape as well and reads it in row-major order.
+Shape suffixes: M mini-critics, N positions of a batch's responses, joined to one vector row by row. A response token has
+``is_response_N`` = 1; the rest are observations and padding. A tensor of another shape is read in row-major order.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
-from math import floor
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Tokens per pass of a selection: small enough to stay in cache and to keep the extra memory constant.
-_CHUNK = 1 << 18
-# Bits that one pass of the radix selection fixes.
-_DIGIT = 16
+from asyppo_verl import order_statistics
+from asyppo_verl.order_statistics import chunks, count_of, select
 
 
 def assign_shards(rows: Sequence[tuple[str, str]], *, num_critics: int, shard: str = "group") -> list[int]:
@@ -24,7 +27,7 @@ def assign_shards(rows: Sequence[tuple[str, str]], *, num_critics: int, shard: s
 
     ``shard="group"``: the sessions of a group, in the order of their ids, go to critics ``(rank + offset) mod M``. The
     offset is 0 when M divides the number of sessions, otherwise a hash of the group id, so that remainders favour no
-    critic. ``shard="prompt"``: that hash gives the whole group to one critic. The rows of one session stay together.
+    critic. ``shard="prompt"``: that hash gives the complete group to one critic. The rows of one session stay together.
 
     Args:
         rows: (group id, session id) of every row; rows may share a session.
@@ -57,165 +60,85 @@ def assign_shards(rows: Sequence[tuple[str, str]], *, num_critics: int, shard: s
     return [critic_of_session[row] for row in rows]
 
 
-def ensemble_value(values_MBT: Tensor) -> tuple[Tensor, Tensor]:
+def ensemble_value(values_MN: Tensor) -> tuple[Tensor, Tensor]:
     """Average the mini-critics and measure how much they disagree.
 
-    ``value = mean_m V_m`` and ``sigma = sqrt(mean_m (V_m - value)^2)``, the population standard deviation.
+    ``value = mean_m V_m`` and ``sigma = sqrt(mean_m (V_m - value)^2)``, the population standard deviation; both float32.
 
     The deviations are taken from the lowest critic and summed in sorted order: equal critics give exactly sigma = 0
     (M = 1 always does) and value = V_1, and the order of the critics changes no bit.
-
-    Args:
-        values_MBT: (M, B, T) values of any float dtype.
-
-    Returns:
-        value_BT, sigma_BT: both (B, T), float32.
     """
-    value_BT = torch.empty(values_MBT.shape[1:], dtype=torch.float32, device=values_MBT.device)
-    sigma_BT = torch.empty_like(value_BT)
-    parts = zip(values_MBT.flatten(1).split(_CHUNK, dim=1), chunks(value_BT.view(-1), sigma_BT.view(-1)), strict=True)
-    for values_MN, (value_N, sigma_N) in parts:
-        values_MN = values_MN.to(torch.promote_types(values_MN.dtype, torch.float32))
-        lowest_N = values_MN.amin(dim=0)
-        above_MN = values_MN - lowest_N
-        if len(above_MN) > 2:  # two terms add up to the same bits in either order
-            above_MN = above_MN.sort(dim=0).values
+    value_N = torch.empty(values_MN.shape[1:], dtype=torch.float32, device=values_MN.device)
+    sigma_N = torch.empty_like(value_N)
+    stretches = values_MN.flatten(1).split(order_statistics.CHUNK, dim=1)
+    for values, (value, sigma) in zip(stretches, chunks(value_N.view(-1), sigma_N.view(-1)), strict=True):
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        lowest = values.amin(dim=0)
+        above = values - lowest
+        if len(above) > 2:  # two terms add up to the same bits in either order
+            above = above.sort(dim=0).values
         # Not Tensor.mean: with many critics it adds in an order that depends on where a token stands.
-        mean_above_N = sum(above_MN.unbind()) / len(above_MN)
-        value_N.copy_(lowest_N.add_(mean_above_N))
-        squares_MN = above_MN.sub_(mean_above_N).square_()
-        sigma_N.copy_(sum(squares_MN.unbind()).div_(len(squares_MN)).sqrt_())
-    return value_BT, sigma_BT
+        mean_above = sum(above.unbind()) / len(above)
+        value.copy_(lowest.add_(mean_above))
+        squares = above.sub_(mean_above).square_()
+        sigma.copy_(sum(squares.unbind()).div_(len(squares)).sqrt_())
+    return value_N, sigma_N
 
 
-def keep_advantage(sigma_BT: Tensor, is_response_BT: Tensor, *, fraction: float) -> Tensor:
-    """Tokens whose advantage is used: all but the ``fraction`` of response tokens where the critics agree most.
+def select_tokens(
+    sigma_N: Tensor, is_response_N: Tensor, *, adv_mask_fraction: float, entropy_filter_fraction: float
+) -> tuple[Tensor, Tensor]:
+    """Both selections of a step: the tokens whose advantage is used, and those whose entropy earns the bonus.
 
-    Exactly ``floor(fraction * number of response tokens)`` response tokens are False, those with the lowest sigma; ties
-    go to the earliest token. If sigma is zero on every response token there is no signal to rank, and nothing is masked.
-
-    Args:
-        sigma_BT: (B, T) disagreement of the critics, any float dtype.
-        is_response_BT: (B, T) True (or 1) on response tokens; everything else is True in the result.
-        fraction: k of the paper, in [0, 1).
+    A function of one's own, named by ``asyppo.selection``, returns the same two, and asks for what it needs by the names of
+    its parameters: :mod:`asyppo_verl.selection` lists them.
 
     Returns:
-        keep_BT: (B, T) bool, True = used.
+        Two bool vectors (N,), True = used, and True outside the response tokens.
+    """
+    keep_adv_N = keep_advantage(sigma_N, is_response_N, fraction=adv_mask_fraction)
+    keep_ent_N = keep_entropy(sigma_N, is_response_N, fraction=entropy_filter_fraction)
+    return keep_adv_N, keep_ent_N
+
+
+def keep_advantage(sigma_N: Tensor, is_response_N: Tensor, *, fraction: float) -> Tensor:
+    """Tokens whose advantage is used: all but the ``fraction`` (k) of response tokens where the critics agree most.
+
+    Exactly ``floor(k * number of response tokens)`` response tokens are False, those with the lowest sigma; ties go to
+    the earliest. If sigma is zero on every response token there is no signal to rank, and nothing is masked.
 
     Raises:
         ValueError: if ``fraction`` is outside [0, 1) or the shapes differ.
     """
-    return ~_select(sigma_BT, is_response_BT, fraction=fraction, largest=False)
+    return ~_select_share(sigma_N, is_response_N, fraction, largest=False)
 
 
-def keep_entropy(sigma_BT: Tensor, is_response_BT: Tensor, *, fraction: float) -> Tensor:
-    """Tokens whose entropy earns the bonus: all but the ``fraction`` of response tokens where the critics disagree most.
+def keep_entropy(sigma_N: Tensor, is_response_N: Tensor, *, fraction: float) -> Tensor:
+    """Tokens whose entropy earns the bonus: all but the ``fraction`` (h) of response tokens where the critics disagree most.
 
-    The same rules as :func:`keep_advantage`, from the other end: the highest sigma is left out. ``fraction`` is h of the
-    paper. With fractions that add up to at most 1, a token is dropped by both functions only if its sigma is so common
-    that the same value bounds both ends.
+    The rules of :func:`keep_advantage` from the other end. With k + h <= 1 both drop a token only if its very sigma bounds
+    both ends.
     """
-    return ~_select(sigma_BT, is_response_BT, fraction=fraction, largest=True)
+    return ~_select_share(sigma_N, is_response_N, fraction, largest=True)
 
 
-def mask_advantage(advantages_BT: Tensor, keep_BT: Tensor) -> Tensor:
+def _select_share(sigma: Tensor, is_response: Tensor, fraction: float, *, largest: bool) -> Tensor:
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction={fraction} must lie in [0, 1)")
+    if sigma.shape != is_response.shape:
+        raise ValueError(f"shapes differ: {tuple(sigma.shape)} sigmas, {tuple(is_response.shape)} response flags")
+    sigma_N, is_response_N = sigma.reshape(-1), is_response.reshape(-1).bool()
+    count = count_of(fraction, int(is_response_N.count_nonzero()))
+    if count and not any(bool((score != 0).logical_and_(real).any()) for score, real in chunks(sigma_N, is_response_N)):
+        count = 0
+    return select(sigma_N, is_response_N, count, largest=largest).view(sigma.shape)
+
+
+def mask_advantage(advantages_N: Tensor, keep_N: Tensor) -> Tensor:
     """``A_t = 0`` where the advantage is not used; the others keep their bits, so denominators do not change."""
-    return torch.where(keep_BT, advantages_BT, 0)
+    return torch.where(keep_N, advantages_N, 0)
 
 
 def filter_entropy(entropy_N: Tensor, keep_N: Tensor) -> Tensor:
-    """Leave tokens out of the entropy bonus: zero entropy and exactly zero gradient where ``keep_N`` is False."""
+    """Zero entropy, and exactly zero gradient, where it earns no bonus; the others keep their bits."""
     return torch.where(keep_N, entropy_N, 0)
-
-
-def select_kth(score_BT: Tensor, is_response_BT: Tensor, ks: Sequence[int]) -> Tensor:
-    """The k-th lowest score among the response tokens for every k in ``ks`` (from 1), exact at any size; shape (len(ks),)."""
-    score_N, is_response_N = score_BT.reshape(-1), is_response_BT.reshape(-1).bool()
-    ranks = [rank for rank, _ in _kth_ranks(score_N, is_response_N, ks, largest=False)]
-    dtype = torch.promote_types(score_BT.dtype, torch.float32)
-    return _flip(torch.tensor(ranks, dtype=_rank_dtype(score_N))).view(dtype)
-
-
-def _select(score_BT: Tensor, is_response_BT: Tensor, *, fraction: float, largest: bool) -> Tensor:
-    """Mark exactly floor(fraction * response tokens) of the response tokens; ties go to the earliest."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction={fraction} must lie in [0, 1)")
-    if score_BT.shape != is_response_BT.shape:
-        raise ValueError(f"shapes differ: {tuple(score_BT.shape)} scores, {tuple(is_response_BT.shape)} response flags")
-    score_N, is_response_N = score_BT.reshape(-1), is_response_BT.reshape(-1).bool()
-    selected_N = torch.zeros_like(is_response_N)
-    count = floor(fraction * int(is_response_N.count_nonzero()))
-    has_signal = any(bool((score != 0).logical_and_(real).any()) for score, real in chunks(score_N, is_response_N))
-    if count == 0 or not has_signal:
-        return selected_N.view(score_BT.shape)
-
-    ((threshold, ties_left),) = _kth_ranks(score_N, is_response_N, [count], largest=largest)
-    for score, is_response, selected in chunks(score_N, is_response_N, selected_N):
-        rank = _rank(score, largest)
-        is_tied = (rank == threshold) & is_response
-        torch.logical_and(rank < threshold, is_response, out=selected)
-        if ties_left:
-            is_tied &= is_tied.cumsum(0) <= ties_left
-            ties_left -= int(is_tied.count_nonzero())
-            selected |= is_tied
-    return selected_N.view(score_BT.shape)
-
-
-def _kth_ranks(score_N: Tensor, is_response_N: Tensor, ks: Sequence[int], *, largest: bool) -> list[tuple[int, int]]:
-    """For every k (from 1): the rank of the k-th response token, and how many of that very rank are among the first k.
-
-    Radix selection, 16 bits a pass, all k in the same passes: ``torch.kthvalue`` gives the same rank but copies 12 bytes
-    a token, and ``torch.quantile`` refuses more than 2^24 elements.
-    """
-    top = torch.iinfo(_rank_dtype(score_N)).bits - _DIGIT
-    found = [(0, k) for k in ks]  # the rank's digits so far, and k among the tokens that share them
-    for shift in range(top, -1, -_DIGIT):
-        # The top digit carries the sign, so it starts below zero.
-        found = [(prefix << _DIGIT if shift < top else -(1 << (_DIGIT - 1)), k) for prefix, k in found]
-        starts = {start for start, _ in found}
-        below = _count(score_N, is_response_N, shift, starts, is_top=shift == top, largest=largest)
-        for index, (start, k) in enumerate(found):
-            step = int(torch.searchsorted(below[start], k))
-            found[index] = start + step, k - (int(below[start][step - 1]) if step else 0)
-    return found
-
-
-def _count(
-    score_N: Tensor, is_response_N: Tensor, shift: int, starts: set[int], *, is_top: bool, largest: bool
-) -> dict[int, Tensor]:
-    """For every start: how many response tokens have ``start <= rank >> shift <= start + i``, for all i below 2^16."""
-    outside = 1 << _DIGIT
-    counts = {start: torch.zeros(outside + 1, dtype=torch.int64, device=score_N.device) for start in starts}
-    for score, is_response in chunks(score_N, is_response_N):
-        rank = _rank(score, largest) >> shift
-        for start, count in counts.items():
-            digit = rank - start
-            # At the top all are inside, and where is quicker than indexing. Below, a difference too large for 32 bits wraps
-            # around, but never to the inside.
-            is_inside = is_response if is_top else is_response & (digit >> _DIGIT == 0)
-            digit = torch.where(is_inside, digit, outside) if is_top else digit[is_inside]
-            count += torch.bincount(digit, minlength=outside + 1)
-    return {start: count[:outside].cumsum(0) for start, count in counts.items()}
-
-
-def _rank_dtype(score_N: Tensor) -> torch.dtype:
-    return torch.int64 if score_N.dtype == torch.float64 else torch.int32
-
-
-def _rank(score_N: Tensor, largest: bool) -> Tensor:
-    """Integers in the order of the scores (reversed if ``largest``); half precision is widened exactly."""
-    # Adding 0 turns -0.0 into 0.0, which is the same number with other bits.
-    bits_N = (score_N.float() if score_N.itemsize < 4 else score_N).add(0.0).view(_rank_dtype(score_N))
-    rank_N = _flip(bits_N)
-    return rank_N.bitwise_not_() if largest else rank_N
-
-
-def _flip(bits_N: Tensor) -> Tensor:
-    """IEEE bits to two's complement of the same order, and back: negative numbers have their magnitude inverted."""
-    info = torch.iinfo(bits_N.dtype)
-    return (bits_N >> (info.bits - 1)).bitwise_and_(info.max).bitwise_xor_(bits_N)
-
-
-def chunks(*tensors_N: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same stretch of every vector, one stretch after the other: work on them needs no memory that grows with N."""
-    return zip(*(tensor_N.split(_CHUNK) for tensor_N in tensors_N), strict=True)

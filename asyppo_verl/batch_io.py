@@ -72,6 +72,18 @@ def fetch(batch: KVBatchMeta, *fields: str) -> Responses:
     return Responses(keys, data[fields[0]].offsets(), {field: data[field].values() for field in fields})
 
 
+def read(batch: KVBatchMeta, fields: list[str]) -> dict[str, Tensor]:
+    """Vectors of further fields on response positions, rows in the order of their keys.
+
+    Raises:
+        ValueError: if the batch has no such field, naming those that it has.
+    """
+    for field in fields:
+        if field not in batch.fields:
+            raise ValueError(f"the batch has no field {field}; it has {', '.join(sorted(batch.fields))}")
+    return fetch(batch, *fields).fields
+
+
 def store(batch: KVBatchMeta, responses: Responses, **fields_N: Tensor) -> list[str]:
     """Write vectors on response positions; returns the names of all fields that the rows now have."""
     nested = {

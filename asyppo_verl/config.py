@@ -107,6 +107,10 @@ class AsyPPOConfig:
     """Which responses a critic trains on: "group" (the paper: every group is split evenly), "prompt" (whole groups), "none"
     (all responses; an ablation)."""
 
+    selection: str = "asyppo_verl.asyppo.select_tokens"
+    """The function that makes both selections of a step, ``package.module.function``; the place for a rule of one's own
+    (ours)."""
+
     head_seed: int = 1000
     """Critic m draws its new value head with seed ``head_seed + m`` (our decision; the paper is silent)."""
 
@@ -125,6 +129,7 @@ class AsyPPOConfig:
         self._require_type("head_seed", int, "whole number")
         for key in ("adv_mask_fraction", "entropy_filter_fraction", "critic_lam"):
             self._require_type(key, (int, float), "number")
+        self._require_type("selection", str, "function as package.module.function")
         if not 0 <= self.head_seed < 2**32:
             raise ValueError(f"asyppo.head_seed={self.head_seed} must lie in [0, 2**32)")
         if self.num_critics < 1:

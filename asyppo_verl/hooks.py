@@ -1,16 +1,15 @@
 """Where AsyPPO enters verl: each hook waits until verl itself imports the module that it completes.
 
-Nothing heavy happens before that, since every process that imports verl loads this module. Runs with another estimator
-go through the functions and trainer classes of verl.
+Every process that imports verl loads this module, so what it needs itself is imported in the hooks. Runs with another
+estimator go through the functions and trainer classes of verl.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import wrapt
 
 from asyppo_verl import cpu
-from asyppo_verl.config import ESTIMATOR, is_asyppo, is_supported_verl
-from asyppo_verl.cpu import platform as cpu_platform
 
 _is_active = False
 
@@ -21,18 +20,30 @@ def activate() -> None:
     if _is_active:
         return
     _is_active = True
-    cpu_platform.activate()
     wrapt.register_post_import_hook(_check_configurations, "verl.utils.config")
-    if not is_supported_verl():
-        return  # AsyPPO runs are refused by that check; nothing else of an unknown verl is touched
     for name, hook in (
         ("verl.trainer.ppo.utils", lambda module: wrapt.wrap_function_wrapper(module, "need_critic", _need_critic)),
-        ("verl.trainer.ppo.core_algos", lambda module: module.register_adv_est(ESTIMATOR)(_stop_wrong_trainer)),
+        ("verl.trainer.ppo.core_algos", _register_estimator),
         ("verl.trainer.ppo.v1", _register_trainers),
     ):
-        wrapt.register_post_import_hook(hook, name)
+        wrapt.register_post_import_hook(_on_supported_verl(hook), name)
     if cpu.is_selected():
-        wrapt.register_post_import_hook(_honour_attention, "verl.utils.model")
+        from asyppo_verl.cpu import platform
+
+        platform.activate()
+        wrapt.register_post_import_hook(_on_supported_verl(_honour_attention), "verl.utils.model")
+
+
+def _on_supported_verl(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """The hook, idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched."""
+
+    def hooked(module: Any) -> None:
+        from asyppo_verl.config import is_supported_verl
+
+        if is_supported_verl():
+            hook(module)
+
+    return hooked
 
 
 def is_active() -> bool:
@@ -46,11 +57,14 @@ def _check_configurations(config_module: Any) -> None:
 
 
 def _need_critic(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> bool:
+    from asyppo_verl.config import is_asyppo
+
     config = args[0] if args else kwargs["config"]
     return is_asyppo(config) or wrapped(config)
 
 
 def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+    from asyppo_verl.config import is_asyppo
     from asyppo_verl.preflight import prepare
     from asyppo_verl.preflight.support import check_estimator
 
@@ -60,6 +74,12 @@ def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> An
     else:
         check_estimator(config)
     return wrapped(*args, **kwargs)
+
+
+def _register_estimator(core_algos: Any) -> None:
+    from asyppo_verl.config import ESTIMATOR
+
+    core_algos.register_adv_est(ESTIMATOR)(_stop_wrong_trainer)
 
 
 def _register_trainers(v1: Any) -> None:

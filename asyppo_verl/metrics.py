@@ -1,4 +1,4 @@
-"""What the ensemble of critics is worth: explained variance, disagreement, correlation, and what the masks did.
+"""Diagnostics of the ensemble of critics: explained variance, disagreement, correlation, and the effect of the masks.
 
 Shape suffixes: M mini-critics, N response positions of a batch in one vector, R vectors over these positions.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from asyppo_verl.asyppo import chunks, select_kth
+from asyppo_verl.order_statistics import chunks, kth_lowest
 
 SIGMA_QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
@@ -54,9 +54,9 @@ def correlation(cov_MM: Tensor) -> float:
 
 
 def quantiles(score_N: Tensor, is_response_N: Tensor, levels: tuple[float, ...]) -> list[float]:
-    """Exact quantiles over response tokens at any size: the lowest score that at least the given share does not exceed."""
+    """Quantiles over response tokens, exact at any size: for every level, the score whose rank is nearest to its share."""
     count = int(is_response_N.count_nonzero())
-    return select_kth(score_N, is_response_N, [max(1, round(level * count)) for level in levels]).tolist()
+    return kth_lowest(score_N, is_response_N, [max(1, round(level * count)) for level in levels]).tolist()
 
 
 def ensemble_metrics(
@@ -81,11 +81,29 @@ def ensemble_metrics(
     return metrics
 
 
-def selection_metrics(advantages_N: Tensor, keep_adv_N: Tensor, keep_ent_N: Tensor, is_response_N: Tensor) -> dict:
-    """Share of response tokens masked and filtered, and the mean |advantage| that was kept and that was masked.
+def tied_share(sigma_N: Tensor, keep_adv_N: Tensor, is_response_N: Tensor) -> float:
+    """Share of the masked tokens that ties decided: those with the highest masked sigma, if a kept token has it as well."""
+    masked, highest = 0, float("-inf")
+    for sigma, keep, is_response in chunks(sigma_N, keep_adv_N, is_response_N):
+        masked_sigma = sigma[is_response & ~keep]
+        if len(masked_sigma):
+            masked, highest = masked + len(masked_sigma), max(highest, float(masked_sigma.max()))
+    kept_ties = masked_ties = 0
+    for sigma, keep, is_response in chunks(sigma_N, keep_adv_N, is_response_N):
+        is_tied = is_response & (sigma == highest)
+        kept_ties += int((is_tied & keep).count_nonzero())
+        masked_ties += int((is_tied & ~keep).count_nonzero())
+    return masked_ties / masked if kept_ties and masked else 0.0
+
+
+def selection_metrics(
+    advantages_N: Tensor, sigma_N: Tensor, keep_adv_N: Tensor, keep_ent_N: Tensor, is_response_N: Tensor
+) -> dict:
+    """Share of response tokens masked and filtered, of ties among them, and the mean |advantage| kept and masked.
 
     Args:
         advantages_N: advantages before the mask.
+        sigma_N: disagreement of the critics.
         keep_adv_N, keep_ent_N: results of the two selections.
         is_response_N: True on response tokens.
     """
@@ -101,6 +119,7 @@ def selection_metrics(advantages_N: Tensor, keep_adv_N: Tensor, keep_ent_N: Tens
     return {
         "asyppo/adv_masked_fraction": masked / max(1, masked + kept),
         "asyppo/entropy_filtered_fraction": filtered / max(1, masked + kept),
+        "asyppo/sigma/tied": tied_share(sigma_N, keep_adv_N, is_response_N),
         "asyppo/adv_abs_kept": kept_size / max(1, kept),
         "asyppo/adv_abs_masked": masked_size / max(1, masked),
     }

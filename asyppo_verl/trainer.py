@@ -1,7 +1,6 @@
 """AsyPPO on verl's trainers: the few hooks in which it differs from PPO with one critic."""
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -20,7 +19,7 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
-from asyppo_verl import asyppo, batch_checks, batch_io, mini_batches
+from asyppo_verl import asyppo, batch_checks, batch_io, mini_batches, selection
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
 from asyppo_verl.critic_client import CriticClient
@@ -35,16 +34,6 @@ CRITIC_POOL = "critic_pool"
 """verl's name for the GPUs of ``asyppo.pool``."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Evaluation:
-    """What the critics said of one batch, kept between two hooks of the same step."""
-
-    keys: list[str]
-    values_MN: Tensor
-    value_N: Tensor
-    sigma_N: Tensor
-
-
 if TYPE_CHECKING:  # the mixin stands before a trainer and uses its attributes
     from verl.trainer.ppo.v1 import PPOTrainer as _Base
 else:
@@ -53,6 +42,8 @@ else:
 
 class AsyPPOMixin(_Base):
     """Put before one of verl's V1 trainers: ``class T(AsyPPOMixin, PPOTrainerSync)``."""
+
+    total_training_steps: int
 
     def __init__(self, config: DictConfig) -> None:
         self.asyppo = read_config(config)
@@ -86,13 +77,13 @@ class AsyPPOMixin(_Base):
 
     def _setup(self) -> None:
         super()._setup()
-        if self._filters_entropy:
+        if self._has_entropy_bonus:
             actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
             self.actor_rollout_wg.set_loss_fn(partial(asyppo_actor_loss, config=actor))
 
     @property
-    def _filters_entropy(self) -> bool:
-        return self.asyppo.entropy_filter_fraction > 0 and self.config.actor_rollout_ref.actor.entropy_coeff != 0
+    def _has_entropy_bonus(self) -> bool:
+        return self.config.actor_rollout_ref.actor.entropy_coeff != 0
 
     # -- batch -----------------------------------------------------------------------------------------------------
 
@@ -150,53 +141,63 @@ class AsyPPOMixin(_Base):
         return batch
 
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Every mini-critic evaluates every response; their mean becomes verl's ``values``."""
+        """Every mini-critic evaluates every response."""
         if not self.asyppo.critics_are_apart:
             self._critics.start_evaluation(batch, self._actor_ranks)
         self._critics.finish_evaluation()
+        return batch
 
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Steps 2 to 5 of :mod:`asyppo_verl.asyppo`; the third is verl's."""
+        # 2. The critics' mean, and how much they disagree.
+        values_MN, value_N, sigma_N = self._ensemble_value(batch)
+        # 3. GAE on the mean.
+        with self._adv_estimator("gae"):
+            batch = super()._compute_advantage(batch, metrics)
+        responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
+        is_response_N, returns_N = responses["response_mask"].bool(), responses["returns"]
+        batch_checks.check_returns(returns_N, is_response_N, responses.keys, responses.offsets, self.global_steps)
+        changed = {}
+        if self.asyppo.critic_lam != self.config.algorithm.lam:
+            changed["returns"] = returns_N = self._critic_target(batch, value_N)
+        # 4. The two selections.
+        given = {"sigma_N": sigma_N, "value_N": value_N, "values_MN": values_MN, "returns_N": returns_N}
+        given |= {"advantages_N": responses["advantages"], "is_response_N": is_response_N}
+        keep_adv_N, keep_ent_N = self._select_tokens(batch, given | {"offsets": responses.offsets})
+        # 5. Both applied; the second one in the actor's loss.
+        if not keep_adv_N.all():
+            changed["advantages"] = asyppo.mask_advantage(responses["advantages"], keep_adv_N)
+        if self._has_entropy_bonus:
+            changed[batch_io.KEEP_ENTROPY] = keep_ent_N
+        metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
+        metrics.update(selection_metrics(responses["advantages"], sigma_N, keep_adv_N, keep_ent_N, is_response_N))
+        if changed:
+            batch.fields = batch_io.store(batch, responses, **changed)
+        return self._for_the_actor(batch)
+
+    def _ensemble_value(self, batch: KVBatchMeta) -> tuple[Tensor, Tensor, Tensor]:
+        """The critics' values, their mean, which is stored as verl's ``values``, and sigma."""
         fields = [value_field(index) for index in range(self.asyppo.num_critics)]
         responses = batch_io.fetch(batch, "response_mask", *fields)
         values_MN = torch.stack([responses[field] for field in fields])
         batch_checks.check_responses(responses["response_mask"], self.global_steps)
         batch_checks.check_values(values_MN, self.global_steps)
         value_N, sigma_N = asyppo.ensemble_value(values_MN)
-        self._evaluation = _Evaluation(responses.keys, values_MN, value_N, sigma_N)
         # One critic hands on its own values, dtype included: the run is then verl's PPO to the last bit.
         batch_io.store(batch, responses, values=value_N if self.asyppo.num_critics > 1 else values_MN[0])
-        return batch
+        return values_MN, value_N, sigma_N
 
-    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """verl's GAE on the mean value, then the two selections by sigma."""
-        with self._adv_estimator("gae"):
-            batch = super()._compute_advantage(batch, metrics)
-        evaluation = self._evaluation
-        del self._evaluation  # gigabytes that the actor's update has no use for
-        responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
-        assert responses.keys == evaluation.keys, "the batch changed between values and advantages"
-        is_response_N = responses["response_mask"].bool()
-        returns_N, advantages_N = responses["returns"], responses["advantages"]
-        batch_checks.check_returns(returns_N, is_response_N, responses.keys, responses.offsets, self.global_steps)
-        changed = {}
+    @functools.cached_property
+    def _selection(self) -> selection.Selection:
+        return selection.load(self.asyppo.selection)
 
-        if self.asyppo.critic_lam != self.config.algorithm.lam:
-            changed["returns"] = returns_N = self._critic_target(batch, evaluation.value_N)
-        keep_adv_N = asyppo.keep_advantage(evaluation.sigma_N, is_response_N, fraction=self.asyppo.adv_mask_fraction)
-        keep_ent_N = asyppo.keep_entropy(
-            evaluation.sigma_N, is_response_N, fraction=self.asyppo.entropy_filter_fraction
-        )
-        if not keep_adv_N.all():
-            changed["advantages"] = asyppo.mask_advantage(advantages_N, keep_adv_N)
-        if self._filters_entropy:
-            changed[batch_io.KEEP_ENTROPY] = keep_ent_N
-
-        metrics.update(
-            ensemble_metrics(evaluation.values_MN, evaluation.value_N, evaluation.sigma_N, returns_N, is_response_N)
-        )
-        metrics.update(selection_metrics(advantages_N, keep_adv_N, keep_ent_N, is_response_N))
-        if changed:
-            batch.fields = batch_io.store(batch, responses, **changed)
-        return self._for_the_actor(batch)
+    def _select_tokens(self, batch: KVBatchMeta, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The two selections of the step, by the function that ``asyppo.selection`` names."""
+        fractions = {
+            "adv_mask_fraction": self.asyppo.adv_mask_fraction,
+            "entropy_filter_fraction": self.asyppo.entropy_filter_fraction,
+        }
+        return selection.select(self._selection, {**given, **fractions}, partial(batch_io.read, batch))
 
     def _critic_target(self, batch: KVBatchMeta, value_N: Tensor) -> Tensor:
         """The lambda-return of the mean value with the critics' own lambda, by verl's GAE."""

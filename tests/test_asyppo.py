@@ -3,13 +3,14 @@
 import math
 import statistics
 from collections import Counter
+from decimal import Decimal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyppo_verl import asyppo
+from asyppo_verl import order_statistics
 from asyppo_verl.asyppo import (
     assign_shards,
     ensemble_value,
@@ -17,8 +18,9 @@ from asyppo_verl.asyppo import (
     keep_advantage,
     keep_entropy,
     mask_advantage,
-    select_kth,
+    select_tokens,
 )
+from asyppo_verl.order_statistics import count_of, kth_lowest
 
 # -- shards --------------------------------------------------------------------------------------------------------
 
@@ -140,7 +142,7 @@ def test_the_stretches_in_which_tokens_are_worked_on_change_no_bit(num_critics, 
     values_MBT = torch.randn(num_critics, 30, 41, generator=torch.Generator().manual_seed(2)) * 10
     whole = ensemble_value(values_MBT)
     for chunk in (1, 7, 64):
-        monkeypatch.setattr(asyppo, "_CHUNK", chunk)
+        monkeypatch.setattr(order_statistics, "CHUNK", chunk)
         assert all(torch.equal(a, b) for a, b in zip(whole, ensemble_value(values_MBT), strict=True))
 
 
@@ -160,7 +162,7 @@ def drop_by_loop(sigma: list[float], is_response: list[bool], fraction: float, l
     if all(sigma[t] == 0 for t in tokens):
         return [True] * len(sigma)
     ranked = sorted(tokens, key=lambda t: (-sigma[t] if largest else sigma[t], t))
-    dropped = set(ranked[: math.floor(fraction * len(tokens))])
+    dropped = set(ranked[: math.floor(Decimal(str(fraction)) * len(tokens))])
     return [t not in dropped for t in range(len(sigma))]
 
 
@@ -187,13 +189,13 @@ tokens = st.lists(
 @given(tokens, st.floats(0, 0.99), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([3, 1 << 18]))
 def test_selections_equal_a_plain_loop_with_ties_and_holes(drawn, fraction, dtype, chunk):
     sigma, is_response = [s for s, _ in drawn], [r for _, r in drawn]
-    whole, asyppo._CHUNK = asyppo._CHUNK, chunk
+    whole, order_statistics.CHUNK = order_statistics.CHUNK, chunk
     try:
         for keep, largest in ((keep_advantage, False), (keep_entropy, True)):
             kept = keep(torch.tensor(sigma, dtype=dtype), torch.tensor(is_response), fraction=fraction)
             assert kept.tolist() == drop_by_loop(sigma, is_response, fraction, largest)
     finally:
-        asyppo._CHUNK = whole
+        order_statistics.CHUNK = whole
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -208,8 +210,24 @@ def test_selections_equal_a_plain_loop_in_every_dtype(dtype, seed):
         flat = drop_by_loop(sigma_BT.flatten().tolist(), is_response_BT.flatten().tolist(), fraction, largest)
         assert kept_BT.flatten().tolist() == flat
         response_tokens = int(is_response_BT.sum())
-        assert int((~kept_BT).sum()) == math.floor(fraction * response_tokens)
+        assert int((~kept_BT).sum()) == math.floor(Decimal(str(fraction)) * response_tokens)
         assert kept_BT[~is_response_BT].all()
+
+
+def test_fractions_are_the_decimals_that_were_written():
+    assert [count_of(fraction, 100) for fraction in (0.29, 0.57, 0.58, 0.07, 0.999, 0)] == [29, 57, 58, 7, 99, 0]
+    # No multiple of a hundredth loses a token to binary fractions, at the size of a large batch as well.
+    for hundredths in range(100):
+        assert count_of(hundredths / 100, 100 << 20) == hundredths << 20
+    sigma = torch.arange(1.0, 101)
+    assert int((~keep_advantage(sigma, torch.ones(100), fraction=0.29)).sum()) == 29
+
+
+def test_both_selections_of_a_step():
+    sigma, is_response = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0]), torch.tensor([1, 1, 1, 1, 0])
+    keep_adv, keep_ent = select_tokens(sigma, is_response, adv_mask_fraction=0.5, entropy_filter_fraction=0.25)
+    assert keep_adv.tolist() == [True, False, False, True, True]
+    assert keep_ent.tolist() == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize("keep", [keep_advantage, keep_entropy])
@@ -297,8 +315,8 @@ def test_the_two_selections_are_disjoint_without_ties():
 def test_kth_scores(scores, dtype, chunk, data):
     ks = data.draw(st.lists(st.integers(1, len(scores)), max_size=5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asyppo, "_CHUNK", chunk)
-        found = select_kth(torch.tensor(scores, dtype=dtype), torch.ones(len(scores), dtype=torch.bool), ks)
+        patch.setattr(order_statistics, "CHUNK", chunk)
+        found = kth_lowest(torch.tensor(scores, dtype=dtype), torch.ones(len(scores), dtype=torch.bool), ks)
     assert found.tolist() == [sorted(scores)[k - 1] for k in ks]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyppo_verl import asyppo
+from asyppo_verl import order_statistics
 from asyppo_verl.metrics import (
     correlation,
     ensemble_metrics,
@@ -12,6 +12,7 @@ from asyppo_verl.metrics import (
     moments,
     quantiles,
     selection_metrics,
+    tied_share,
 )
 
 
@@ -40,7 +41,7 @@ def test_correlation_is_the_mean_over_pairs():
 @pytest.mark.parametrize("mean", [0.0, 1e6])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 18])
 def test_moments_are_those_of_numpy_also_far_from_zero(mean, chunk, monkeypatch):
-    monkeypatch.setattr(asyppo, "_CHUNK", chunk)
+    monkeypatch.setattr(order_statistics, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(2)
     vectors = torch.randn(3, 500, generator=generator, dtype=torch.float64) + mean
     is_response = torch.rand(500, generator=generator) < 0.6
@@ -81,6 +82,7 @@ def test_one_critic_has_no_correlation_and_an_empty_batch_no_metrics():
 def test_selection_metrics_by_hand():
     metrics = selection_metrics(
         torch.tensor([1.0, -3.0, 4.0, -8.0, 99.0]),
+        torch.tensor([0.3, 0.2, 0.1, 0.2, 0.2]),
         torch.tensor([True, True, False, False, True]),
         torch.tensor([False, True, True, True, True]),
         torch.tensor([True, True, True, True, False]),
@@ -88,6 +90,18 @@ def test_selection_metrics_by_hand():
     assert metrics == {
         "asyppo/adv_masked_fraction": 0.5,
         "asyppo/entropy_filtered_fraction": 0.25,
+        "asyppo/sigma/tied": 0.5,
         "asyppo/adv_abs_kept": 2.0,
         "asyppo/adv_abs_masked": 6.0,
     }
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1 << 18])
+def test_ties_by_hand(chunk, monkeypatch):
+    monkeypatch.setattr(order_statistics, "CHUNK", chunk)
+    sigma, is_response = torch.tensor([0.1, 0.2, 0.2, 0.3, 0.2]), everything(5)
+    is_response[4] = False
+    for masked, expected in [([0], 0), ([0, 1], 1 / 2), ([0, 1, 2], 0), ([], 0), ([1], 1)]:
+        keep = everything(5)
+        keep[masked] = False
+        assert tied_share(sigma, keep, is_response) == expected

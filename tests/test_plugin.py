@@ -23,20 +23,9 @@ def test_importing_verl_loads_the_plugin_and_nothing_heavy():
             "import sys, verl; print('\\n'.join(sys.modules))", VERL_USE_EXTERNAL_PLUGINS=policy, VERL_PLATFORM=""
         )
         modules[policy] = set(run.stdout.split())
-    added = {name.split(".")[0] for name in modules["auto"] - modules["none"]}
-    assert "asyppo_verl.hooks" in modules["auto"] and "asyppo_verl.hooks" not in modules["none"]
-    assert added <= {
-        "asyppo_verl",
-        "wrapt",
-        "omegaconf",
-        "antlr4",
-        "yaml",
-        "psutil",
-        "resource",
-        "_psutil_linux",
-        "difflib",
-    }
-    assert not {"vllm", "asyppo_verl.trainer", "asyppo_verl.critic_worker"} & modules["auto"]
+    added = modules["auto"] - modules["none"]
+    ours = {name for name in added if not name.startswith("wrapt")}
+    assert ours == {"asyppo_verl", "asyppo_verl.plugin", "asyppo_verl.hooks", "asyppo_verl.cpu"}
 
 
 def test_other_estimators_get_verls_own_trainer_and_decisions():

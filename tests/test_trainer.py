@@ -228,6 +228,80 @@ def test_values_advantages_and_masks(compose, clean):
     assert batch_io.KEEP_ENTROPY in batch.fields and value_field(0) not in batch.fields
 
 
+OWN_RULES = """
+import torch
+from asyppo_verl.asyppo import keep_entropy
+from asyppo_verl.order_statistics import count_of, select
+
+def in_each_response(sigma_N, is_response_N, offsets, adv_mask_fraction, entropy_filter_fraction):
+    keep_N = torch.ones_like(is_response_N)
+    for start, end in zip(offsets[:-1], offsets[1:]):
+        sigma, is_response = sigma_N[start:end], is_response_N[start:end]
+        count = count_of(adv_mask_fraction, int(is_response.sum()))
+        keep_N[start:end] = ~select(sigma, is_response, count, largest=False)
+    return keep_N, keep_entropy(sigma_N, is_response_N, fraction=entropy_filter_fraction)
+
+def where_the_reward_is(rm_scores_N, is_response_N, floor=0.5):
+    return ~((rm_scores_N > floor) & is_response_N), torch.ones_like(is_response_N)
+
+def asks_too_much(policy_mood_N, is_response_N):
+    pass
+
+def answers_too_little(is_response_N):
+    return is_response_N, is_response_N.long()
+"""
+"""A researcher's file: a masking rule of its own, a third signal, and two mistakes."""
+
+
+@pytest.fixture
+def own_rules(tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(OWN_RULES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_masking_rule_of_ones_own_is_one_function_and_one_line(compose, clean, own_rules):
+    """A third of every response, instead of a third of the batch."""
+    batch = put_rows(RAGGED)
+    real, values = sorted(batch.keys), force_values(batch, 2)
+    trainer = trainer_for(compose, "+asyppo.selection=own_rules.in_each_response", "+asyppo.adv_mask_fraction=0.34")
+    batch, _ = step(trainer, batch, values)
+    advantages, masks = stored(batch, "advantages"), stored(batch, "response_mask")
+    for key in real:
+        sigma, is_response = (values[key][0] - values[key][1]).abs(), masks[key].bool()
+        lowest = sigma[is_response].sort().values[: math.floor(0.34 * int(is_response.sum()))]
+        assert torch.equal(advantages[key][is_response] == 0, torch.isin(sigma[is_response], lowest)), key
+
+
+def test_a_third_signal_is_one_function_and_one_line(compose, clean, own_rules):
+    """Here a field that verl's batch has; no sigma is asked for."""
+    batch = put_rows(RAGGED)
+    real, values = sorted(batch.keys), force_values(batch, 2)
+    batch, metrics = step(trainer_for(compose, "+asyppo.selection=own_rules.where_the_reward_is"), batch, values)
+    advantages, rewards = stored(batch, "advantages"), stored(batch, "rm_scores")
+    masks = stored(batch, "response_mask")
+    assert any((rewards[key] > 0.5).any() for key in real)
+    for key in real:
+        is_response = masks[key].bool()
+        assert torch.equal((advantages[key] == 0)[is_response], (rewards[key] > 0.5)[is_response])
+    assert metrics["asyppo/entropy_filtered_fraction"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_rules.asks_too_much", "no field policy_mood; it has .*rm_scores"),
+        ("own_rules.answers_too_little", "must return two bool vectors"),
+        ("own_rules.is_not_there", "asyppo.selection=own_rules.is_not_there cannot be loaded"),
+        ("nowhere.at_all", "asyppo.selection=nowhere.at_all cannot be loaded .*PYTHONPATH"),
+    ],
+)
+def test_a_selection_that_cannot_work_says_why(compose, clean, own_rules, name, message):
+    batch = put_rows(RAGGED)
+    values = force_values(batch, 2)
+    with pytest.raises(ValueError, match=message):
+        step(trainer_for(compose, f"+asyppo.selection={name}"), batch, values)
+
+
 def test_the_order_of_rows_does_not_matter(compose, clean):
     advantages = []
     for reverse in (False, True):

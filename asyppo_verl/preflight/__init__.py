@@ -26,6 +26,7 @@ CHECKS: tuple[Callable[[Run], Iterator[str] | None], ...] = (
     support.check_trainer,
     values.check_values,
     support.check_losses,
+    support.check_selection,
     support.check_shards,
     gpus.check_placement,
     gpus.check_sharding,

@@ -117,7 +117,7 @@ def needed_cpus(config: DictConfig) -> dict[str, int]:
     """Logical CPUs that Ray must have for verl's trainers to start: what for, and how many.
 
     Placement groups keep three for each GPU (verl's ``ResourcePoolManager``; two where rollout has GPUs of its own), and
-    TransferQueue's actors and verl's remote reward workers one each. Other actors keep none, but are started on a free one.
+    TransferQueue's actors and verl's remote reward workers one each. Other actors keep none.
     """
     rollout, reward, queue = config.actor_rollout_ref.rollout, config.reward, config.transfer_queue.backend
     pool = (config.get("asyppo") or {}).get("pool") or {}
@@ -136,7 +136,6 @@ def needed_cpus(config: DictConfig) -> dict[str, int]:
             queue.SimpleStorage.num_data_storage_units if queue.storage_backend == "SimpleStorage" else 0
         ),
         "reward.num_workers ** 2": reward.num_workers**2 if reward.reward_manager.name == "remote" else 0,
-        "start of further actors": 1,
     }
     return {name: count for name, count in needed.items() if count}
 

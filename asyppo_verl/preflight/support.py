@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from asyppo_verl import selection
 from asyppo_verl.config import (
     ESTIMATOR,
     PLUGIN_MODULE,
@@ -49,7 +50,7 @@ def check_places(run: Run) -> Iterator[str]:
     """Refuse options of AsyPPO that stand elsewhere than below ``asyppo``, where nothing reads them."""
     for section in ("", "algorithm"):
         node = run.get(section) if section else run.config
-        for key in node:
+        for key in map(str, node):
             path = f"{section}.{key}".removeprefix(".")
             if key in OPTIONS or (section and key == ESTIMATOR):
                 raise ValueError(
@@ -107,6 +108,11 @@ def check_shards(run: Run) -> None:
             f"actor_rollout_ref.rollout.n={n} is below asyppo.num_critics={asyppo.num_critics}: every mini-critic needs a "
             "response of every prompt; raise n or lower num_critics"
         )
+
+
+def check_selection(run: Run) -> None:
+    """Refuse a selection that cannot be imported here."""
+    selection.load(run.asyppo.selection)
 
 
 def check_losses(run: Run) -> Iterator[str]:

@@ -84,7 +84,7 @@ def default_config() -> dict[str, Any]:
 
 def _misfits(given: Mapping, defaults: Mapping, prefix: str) -> Iterator[tuple[str, str]]:
     """Key and what it must be, for each value that cannot be what verl's default is."""
-    for key in defaults.keys() & given.keys():
+    for key in (key for key in defaults if key in given):
         path, value, default = f"{prefix}.{key}", given[key], defaults[key]
         if isinstance(default, Mapping) and isinstance(value, Mapping):
             yield from _misfits(value, default, path)
