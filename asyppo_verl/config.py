@@ -148,11 +148,7 @@ class AsyPPOConfig:
             raise ValueError(f"asyppo.critic_lam={self.critic_lam} must lie in [0, 1]; 1 is the Monte-Carlo return")
         if self.shard not in ("group", "prompt", "none"):
             raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
-        if self.placement not in PLACEMENTS:
-            raise ValueError(
-                f"asyppo.placement={self.placement!r} is unknown{nearest(self.placement, PLACEMENTS)}; "
-                f"set one of {', '.join(PLACEMENTS)}"
-            )
+        check_known("asyppo.placement", self.placement, PLACEMENTS)
         self._check_overrides()
 
     @property
@@ -248,6 +244,16 @@ def nearest(key: str, names: Sequence[str]) -> str:
     """A hint for an error message: the valid name that a mistyped one is closest to, or nothing."""
     close = difflib.get_close_matches(str(key), names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def check_known(key: str, value: Any, names: Sequence[str]) -> None:
+    """Refuse a value that is not among ``names``.
+
+    Raises:
+        ValueError: naming key, value, the nearest valid one and all of them.
+    """
+    if value not in names:
+        raise ValueError(f"{key}={value!r} is unknown{nearest(value, names)}; set one of {', '.join(names)}")
 
 
 def shard_mini_batch_size(config: Any, asyppo: AsyPPOConfig) -> int:

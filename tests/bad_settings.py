@@ -219,11 +219,11 @@ SETTINGS = [
     ),
     (
         "actor_rollout_ref.actor.checkpoint.save_contents=[modle]",
-        ["actor_rollout_ref.actor.checkpoint.save_contents names 'modle'", "did you mean model?"],
+        ["actor_rollout_ref.actor.checkpoint.save_contents[0]='modle'", "did you mean model?"],
     ),
     (
         "critic.checkpoint.load_contents=[model,optimiser]",
-        ["critic.checkpoint.load_contents", "'optimiser'", "did you mean optimizer?"],
+        ["critic.checkpoint.load_contents[1]='optimiser'", "did you mean optimizer?"],
     ),
     ("trainer.resume_mode=autto", ["trainer.resume_mode='autto'", "did you mean auto?"]),
     (STEPS, ["trainer.resume_from_path=None", "global_step_<n>"]),

@@ -208,11 +208,29 @@ def test_data_that_end_before_the_run_are_pointed_out(said):
     assert "the data last" not in said("trainer.total_epochs=1")
 
 
+def test_the_last_step_of_the_data_is_the_last(complete):  # noqa: F811
+    """verl saves and validates at ``total_training_steps`` only; the learning rate schedule stays the one that was asked for."""
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    def trainer(*overrides: str):
+        cls = get_trainer_cls("asyppo_sync")
+        made = cls.__new__(cls)
+        made.config = complete("trainer.total_training_steps=5", "data.train_max_samples=50", *overrides)
+        made.trainer_mode, made.parameter_sync_step = "sync", 1
+        made._init_tokenizer()
+        made._init_dataloader()
+        return made
+
+    made = trainer("trainer.total_epochs=1")
+    assert (made.total_training_steps, made.config.critic.optim.total_training_steps) == (3, 5)
+    assert trainer("trainer.total_epochs=2").total_training_steps == 5
+
+
 def test_checkpoints_that_a_run_cannot_go_on_from_are_pointed_out(said):
     assert "a run that resumes" not in said("trainer.save_freq=1") + said("critic.checkpoint.save_contents=[model]")
     message = said("trainer.save_freq=1", "critic.checkpoint.save_contents=[model,extra]")
     assert message.count("contents=['model', 'extra']: a run that resumes starts its optimizer anew") == 2
-    assert "cannot go on from its weights" in said("trainer.save_freq=1", "critic.checkpoint.save_contents=[hf_model]")
+    assert "starts its weights, optimizer" in said("trainer.save_freq=1", "critic.checkpoint.save_contents=[hf_model]")
 
 
 def test_a_reward_that_its_file_does_not_name_is_pointed_out(said, tmp_path):

@@ -128,12 +128,18 @@ def test_the_recipe_lists_every_knob_with_its_default(root):
 
 
 def test_the_doctor_finds_the_plugin_here_and_in_a_ray_worker():
-    run = python(["-m", "asyppo_verl.doctor"])
+    run = python(["-m", "asyppo_verl.doctor", "trainer.n_gpus_per_node=1", "ray_kwargs.ray_init.num_cpus=12"])
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "logical CPUs   12 needed: 3 GPUs of trainer x 3, 1 TransferQueue's controller, 8 " in run.stdout
     assert (
         "in this process: the plugin is active" in run.stdout and "in a Ray worker: the plugin is active" in run.stdout
     )
     assert "verl device    cpu" in run.stdout
+
+
+def test_the_doctor_counts_logical_cpus():
+    run = python(["-m", "asyppo_verl.doctor", "trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_cpus=12"])
+    assert run.returncode == 1 and "num_cpus=12 is below the 15 logical CPUs" in run.stdout, run.stdout + run.stderr
 
 
 def test_the_doctor_names_the_cure():

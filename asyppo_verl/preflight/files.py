@@ -29,18 +29,19 @@ def check_code(run: Run) -> Iterator[str]:
         if not file.exists():
             raise ValueError(f"{path_key}={path} does not exist; name a Python file")
         try:
-            text = file.read_text()
+            text = file.read_bytes()
             compile(text, str(file), "exec")
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"{path_key}={path} is not Python that can be read ({error}); correct the file") from error
-        if name not in text and "import *" not in text:
+        if name.encode() not in text and b"import *" not in text:
             yield f"{name_key}={name!r} does not occur in {path_key}={path}"
 
 
 def check_data(run: Run) -> Iterator[str]:
     """Refuse parquet files without prompts, or with fewer rows than a batch; say how many steps they last.
 
-    verl leaves out rows later (``data.filter_overlong_prompts``), so the data last for at most that many."""
+    verl leaves out rows later (``data.filter_overlong_prompts``), so the data last for at most that many.
+    """
     data, trainer = run.config.data, run.config.trainer
     if run.get("data.custom_cls.path"):
         return  # what the user's own dataset reads, and how, is not known here

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from ray._private.utils import get_num_cpus
 
 from asyppo_verl.config import AsyPPOConfig, shard_mini_batch_size, trainer_mode
@@ -62,17 +62,13 @@ def check_placement(run: Run) -> None:
 
 def check_sharding(run: Run) -> None:
     """Refuse sizes of FSDP's sharding groups, critic or actor, with which the GPUs do not come out even or train apart."""
-    trainer, actor = run.config.trainer, "actor_rollout_ref.actor"
-    all_ranks = trainer.nnodes * trainer.n_gpus_per_node
-    critics = f"that {'a critic' if not run.own else f'critic {run.critics[0]}'} has ({ranks_key(run.asyppo)})"
-    for size_key, strategy_key, ranks, place in (
-        (
-            f"{actor}.fsdp_config.fsdp_size",
-            f"{actor}.strategy",
-            all_ranks,
-            "of trainer.nnodes * trainer.n_gpus_per_node",
-        ),
-        ("critic.fsdp.fsdp_size", "critic.strategy", critic_ranks(run), critics),
+    trainer, critic = run.config.trainer, f"critic {run.critics[0]}" if run.own else "a critic"
+    actors = trainer.nnodes * trainer.n_gpus_per_node, "of trainer.nnodes * trainer.n_gpus_per_node"
+    critics = critic_ranks(run), f"that {critic} has ({ranks_key(run.asyppo)})"
+    actor = "actor_rollout_ref.actor"
+    for size_key, strategy_key, (ranks, place) in (
+        (f"{actor}.fsdp_config.fsdp_size", f"{actor}.strategy", actors),
+        ("critic.fsdp.fsdp_size", "critic.strategy", critics),
     ):
         size, strategy, key = run.get(size_key), run.get(strategy_key), run.key(size_key)
         if strategy not in ("fsdp", "fsdp2") or not isinstance(size, int):
@@ -93,7 +89,8 @@ def check_sharding(run: Run) -> None:
 def check_sequence_parallel(run: Run) -> None:
     """Refuse sequence parallelism of critics that the GPUs cannot divide, or outside flash attention.
 
-    verl exchanges a sequence's parts between ranks only there; with any other attention a rank would see its part alone."""
+    verl exchanges a sequence's parts between ranks only there; with any other attention a rank would see its part alone.
+    """
     size, ranks = run.config.critic.fsdp.ulysses_sequence_parallel_size, critic_ranks(run)
     asked = f"critic.fsdp.ulysses_sequence_parallel_size={size}"
     if ranks % size:
@@ -120,53 +117,45 @@ def needed_cpus(config: DictConfig) -> dict[str, int]:
     TransferQueue's actors and verl's remote reward workers one each. Other actors keep none.
     """
     rollout, reward, queue = config.actor_rollout_ref.rollout, config.reward, config.transfer_queue.backend
-    pool = (config.get("asyppo") or {}).get("pool") or {}
-    model = reward.reward_model
+    pools = {"trainer": config.trainer, "asyppo.pool": (config.get("asyppo") or {}).get("pool") or {}}
+    if reward.reward_model.enable_resource_pool:
+        pools["reward.reward_model"] = reward.reward_model
     needed = {
-        "GPUs of trainer x 3": 3 * config.trainer.nnodes * config.trainer.n_gpus_per_node,
-        "GPUs of asyppo.pool x 3": 3 * pool.get("nnodes", 1) * pool.get("n_gpus_per_node", 0),
-        "GPUs of reward.reward_model x 3": 3 * model.nnodes * model.n_gpus_per_node
-        if model.enable_resource_pool
-        else 0,
-        "GPUs of actor_rollout_ref.rollout x 2": (
-            2 * rollout.nnodes * rollout.n_gpus_per_node if trainer_mode(config) == "separate_async" else 0
-        ),
-        "TransferQueue's controller": 1,
-        "transfer_queue.backend.SimpleStorage.num_data_storage_units": (
-            queue.SimpleStorage.num_data_storage_units if queue.storage_backend == "SimpleStorage" else 0
-        ),
-        "reward.num_workers ** 2": reward.num_workers**2 if reward.reward_manager.name == "remote" else 0,
+        f"GPUs of {name} x 3": 3 * pool.get("nnodes", 1) * pool.get("n_gpus_per_node", 0)
+        for name, pool in pools.items()
     }
+    if trainer_mode(config) == "separate_async":
+        needed["GPUs of actor_rollout_ref.rollout x 2"] = 2 * rollout.nnodes * rollout.n_gpus_per_node
+    needed["TransferQueue's controller"] = 1
+    if queue.storage_backend == "SimpleStorage":
+        needed["transfer_queue.backend.SimpleStorage.num_data_storage_units"] = (
+            queue.SimpleStorage.num_data_storage_units
+        )
+    if reward.reward_manager.name == "remote":
+        needed["reward.num_workers ** 2"] = reward.num_workers**2
     return {name: count for name, count in needed.items() if count}
 
 
-def missing_cpus(config: DictConfig) -> str:
-    """Say that verl would wait for logical CPUs for ever, and what to set; empty if it would not.
+def check_cpus(run: Run) -> None:
+    """Refuse a cluster of the run's own with so few logical CPUs that verl would wait for more for ever.
 
     A cluster that exists already is not looked at: it knows its CPUs, and can grow.
     """
-    settings = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
+    settings = run.get("ray_kwargs.ray_init") or {}
     address = settings.get("address") or os.environ.get("RAY_ADDRESS")
     running = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # what Ray joins unless told
     if address not in (None, "local") or (address is None and running.exists()):
-        return ""
-    needed, given = needed_cpus(config), settings.get("num_cpus")
+        return
+    needed, given = needed_cpus(run.config), settings.get("num_cpus")
     total, present = sum(needed.values()), get_num_cpus(True) if given is None else given
-    if not isinstance(present, int | float) or total <= present:
-        return ""
-    return (
-        f"ray_kwargs.ray_init.num_cpus={given}"
-        + ("" if given is not None else f" (the {present} cores of this machine)")
-        + f" is below the {total} logical CPUs without which verl waits for ever: "
-        + " + ".join(f"{count} ({name})" for name, count in needed.items())
-        + f"; set ray_kwargs.ray_init.num_cpus={total}, which may be more than there are cores"
-    )
-
-
-def check_cpus(run: Run) -> None:
-    """Refuse a cluster of the run's own with too few logical CPUs."""
-    if said := missing_cpus(run.config):
-        raise ValueError(said)
+    if isinstance(present, int | float) and present < total:
+        raise ValueError(
+            f"ray_kwargs.ray_init.num_cpus={given}"
+            + ("" if given is not None else f" (the {present} cores of this machine)")
+            + f" is below the {total} logical CPUs without which verl waits for ever: "
+            + " + ".join(f"{count} ({name})" for name, count in needed.items())
+            + f"; set ray_kwargs.ray_init.num_cpus={total}, which may be more than there are cores"
+        )
 
 
 def _divisors(number: int) -> list[int]:

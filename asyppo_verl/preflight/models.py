@@ -50,7 +50,8 @@ def check_models(run: Run) -> None:
 def check_text_models(run: Run) -> Iterator[str]:
     """Refuse vision-language critics, and actors whose positions no text model takes.
 
-    Critics are given tokens and positions, no images. verl numbers the positions of Qwen-VL and GLM-V along several axes."""
+    Critics are given tokens and positions, no images. verl numbers the positions of Qwen-VL and GLM-V along several axes.
+    """
     actor, critic = built(run, ACTOR), built(run, CRITIC).model
     if hasattr(critic.hf_config, "vision_config"):
         raise ValueError(
@@ -98,7 +99,7 @@ def _vocabulary(tokenizer: Any, path: str) -> dict[str, int] | None:
 def check_trainable_heads(run: Run) -> Iterator[str]:
     """Refuse LoRA critics, whose value head verl freezes; say it where critics start from one head."""
     critic = built(run, CRITIC).model
-    for name, given in (("lora_rank", critic.lora_rank > 0), ("lora_adapter_path", critic.lora_adapter_path)):
+    for name, given in (("lora_rank", (critic.lora_rank or 0) > 0), ("lora_adapter_path", critic.lora_adapter_path)):
         if given:
             raise ValueError(
                 f"{run.key(f'critic.model.{name}')}={run.get(f'critic.model.{name}')}: verl freezes the value head of a LoRA "

@@ -6,32 +6,19 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from asyppo_verl.checkpoint import (
-    Model,
-    check_archive,
-    check_critics,
-    check_files,
-    check_sizes,
-    critic_folders,
-    latest_step,
-)
-from asyppo_verl.config import nearest
+from asyppo_verl import checkpoint
+from asyppo_verl.config import check_known
 from asyppo_verl.critic_settings import Run
 from asyppo_verl.preflight.gpus import critic_ranks
 from asyppo_verl.preflight.models import ACTOR, CRITIC, built
 
-RESUME_MODES = ("auto", "disable", "resume_path")
 CONTENTS = ("model", "optimizer", "extra", "hf_model")
 """What verl's checkpoints can hold."""
 WORKERS = {"actor": "actor_rollout_ref.actor", "critic": "critic"}
 SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Entries of a model's configuration that bind its weights to it."""
-CONSEQUENCES = {
-    "model": "cannot go on from its weights",
-    "optimizer": "starts its optimizer anew",
-    "extra": "starts learning rate schedule and random numbers anew",
-}
-"""What a run does that resumes without."""
+RESUMED = {"model": "weights", "optimizer": "optimizer", "extra": "learning rate schedule and random numbers"}
+"""What a run goes on with that resumes from them."""
 
 
 def check_contents(run: Run) -> Iterator[str]:
@@ -41,16 +28,12 @@ def check_contents(run: Run) -> Iterator[str]:
             contents = run.get(key)
             if not OmegaConf.is_list(contents):
                 continue  # null is all of them
-            for name in contents:
-                if name not in CONTENTS:
-                    raise ValueError(
-                        f"{key} names {name!r}, which verl would leave out in silence{nearest(name, CONTENTS)}; "
-                        f"valid: {', '.join(CONTENTS)}"
-                    )
+            for index, name in enumerate(contents):
+                check_known(f"{key}[{index}]", name, CONTENTS)  # verl would leave it out in silence
             if run.config.trainer.save_freq > 0 and run.get(f"{worker}.strategy") in ("fsdp", "fsdp2"):
-                lost = [consequence for name, consequence in CONSEQUENCES.items() if name not in contents]
+                lost = [what for name, what in RESUMED.items() if name not in contents]
                 if lost:
-                    yield f"{key}={list(contents)}: a run that resumes {', '.join(lost)}"
+                    yield f"{key}={list(contents)}: a run that resumes starts its {', '.join(lost)} anew"
 
 
 def check_folder(run: Run) -> None:
@@ -73,16 +56,12 @@ def resumed_checkpoint(run: Run) -> Path | None:
     """The ``global_step_<n>`` folder that verl will resume from, None if it starts anew."""
     trainer = run.config.trainer
     mode, path = trainer.resume_mode, str(trainer.resume_from_path)
-    if mode not in RESUME_MODES:
-        raise ValueError(
-            f"trainer.resume_mode={mode!r} is not a mode of verl{nearest(str(mode), RESUME_MODES)}; "
-            f"set one of {', '.join(RESUME_MODES)}"
-        )
+    check_known("trainer.resume_mode", mode, ("auto", "disable", "resume_path"))
     if mode == "disable":
         return None
     if mode == "auto":
         try:
-            last = latest_step(root := Path(trainer.default_local_dir))
+            last = checkpoint.latest_step(root := Path(trainer.default_local_dir))
         except ValueError as error:
             raise ValueError(f"{error}, or start anew with trainer.resume_mode=disable") from error
         return None if last is None else root / f"global_step_{last}"
@@ -99,7 +78,8 @@ def check_resume(run: Run) -> Iterator[str]:
     """Refuse to resume from a checkpoint that is incomplete, corrupt, of another run, or would be loaded without weights.
 
     With several nodes a rank's files may be on its node only: each rank looks at its own (:mod:`asyppo_verl.critic_worker`),
-    and here only what can be seen is."""
+    and here only what can be seen is.
+    """
     trainer, asyppo = run.config.trainer, run.asyppo
     folder = resumed_checkpoint(run)
     if trainer.resume_mode == "auto" and trainer.resume_from_path:
@@ -111,9 +91,9 @@ def check_resume(run: Run) -> Iterator[str]:
         return
     is_local = trainer.nnodes == 1 and (asyppo.pool.nnodes == 1 or not asyppo.critics_are_apart)
     if is_local:
-        check_critics(folder / "critic", asyppo.num_critics)
-        check_archive(folder / "data.pt", "the position in the training data")
-    names = critic_folders(asyppo.num_critics)
+        checkpoint.check_critics(folder / "critic", asyppo.num_critics)
+        checkpoint.check_archive(folder / "data.pt", "the position in the training data")
+    names = checkpoint.critic_folders(asyppo.num_critics)
     models = {f"critic/{names[index]}": ("critic", critic_ranks(run)) for index in run.critics}
     if not run.own:
         models["actor"] = ("actor", trainer.nnodes * trainer.n_gpus_per_node)
@@ -129,13 +109,13 @@ def check_resume(run: Run) -> Iterator[str]:
             )
         config = (built(run, ACTOR) if worker == "actor" else built(run, CRITIC).model).hf_config.get_text_config()
         sizes = {key: getattr(config, key) for key in SIZES if hasattr(config, key)}
-        model = Model(folder / name, ranks, contents, sizes)
+        model = checkpoint.Model(folder / name, ranks, contents, sizes)
         seen = [
             rank for rank in range(ranks) if is_local or any(model.folder.glob(f"*_world_size_{ranks}_rank_{rank}.pt"))
         ]
-        check_files(model, seen)
+        checkpoint.check_files(model, seen)
         if is_local or (model.folder / "huggingface" / "config.json").exists():
-            check_sizes(model)
+            checkpoint.check_sizes(model)
         unseen += [f"{len(seen)} of {ranks} ranks of {model.folder}"] if len(seen) < ranks else []
     if unseen:
         yield f"of the checkpoint only this can be seen here: {'; '.join(unseen)}; each rank will look at its own files"

@@ -14,8 +14,8 @@ from asyppo_verl.config import (
     SUPPORTED_VERL,
     TRAINER_MODES,
     AsyPPOConfig,
+    check_known,
     is_supported_verl,
-    nearest,
     trainer_mode,
     verl_version,
 )
@@ -48,21 +48,15 @@ def check_version(_run: Run) -> Iterator[str]:
 
 def check_places(run: Run) -> Iterator[str]:
     """Refuse options of AsyPPO that stand elsewhere than below ``asyppo``, where nothing reads them."""
-    for section in ("", "algorithm"):
-        node = run.get(section) if section else run.config
-        for key in map(str, node):
-            path = f"{section}.{key}".removeprefix(".")
-            if key in OPTIONS or (section and key == ESTIMATOR):
-                raise ValueError(
-                    f"{path}={node[key]!r} would not be read: the options of AsyPPO stand below {ESTIMATOR}; "
-                    f"set +{ESTIMATOR}.{key if key in OPTIONS else 'num_critics'}=..."
-                )
-            if (
-                not section
-                and key != ESTIMATOR
-                and difflib.SequenceMatcher(None, _plain(key), ESTIMATOR).ratio() > 0.75
-            ):
-                yield f"{path}={node[key]!r} is not read by AsyPPO, whose options stand below {ESTIMATOR}"
+    names = {str(key): str(key) for key in run.config} | {f"algorithm.{key}": str(key) for key in run.config.algorithm}
+    for path, key in names.items():
+        if key in OPTIONS or path == f"algorithm.{ESTIMATOR}":
+            raise ValueError(
+                f"{path}={run.get(path)!r} would not be read: the options of AsyPPO stand below {ESTIMATOR}; "
+                f"set +{ESTIMATOR}.{key if key in OPTIONS else 'num_critics'}=..."
+            )
+        if path == key != ESTIMATOR and difflib.SequenceMatcher(None, _plain(key), ESTIMATOR).ratio() > 0.75:
+            yield f"{path}={run.get(path)!r} is not read by AsyPPO, whose options stand below {ESTIMATOR}"
 
 
 def check_trainer(run: Run) -> Iterator[str]:
@@ -72,11 +66,7 @@ def check_trainer(run: Run) -> Iterator[str]:
         raise ValueError(
             f"trainer.use_v1={config.trainer.use_v1}: AsyPPO needs verl's V1 trainer; set trainer.use_v1=True"
         )
-    if mode not in TRAINER_MODES:
-        raise ValueError(
-            f"trainer.v1.trainer_mode={mode!r} is not a trainer of verl{nearest(mode, TRAINER_MODES)}; "
-            f"set one of {', '.join(TRAINER_MODES)}"
-        )
+    check_known("trainer.v1.trainer_mode", mode, TRAINER_MODES)
     if config.critic.enable not in (None, True):
         raise ValueError(
             f"critic.enable={config.critic.enable}: AsyPPO is PPO with critics; remove the override, or use adv_estimator=grpo"
@@ -121,15 +111,9 @@ def check_losses(run: Run) -> Iterator[str]:
 
     asyppo, actor = run.asyppo, "actor_rollout_ref.actor"
     key, mode = f"{actor}.policy_loss.loss_mode", run.get(f"{actor}.policy_loss.loss_mode") or "vanilla"
-    averages = run.config.critic.loss_agg_mode
-    for name, value, known in (
-        ("critic.loss_agg_mode", averages, LOSS_AGG_MODES),
-        (key, mode, (mode,) if _registers_in_workers(run.config) else tuple(POLICY_LOSS_REGISTRY)),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"{name}={value!r} is unknown to verl{nearest(str(value), known)}; set one of {', '.join(known)}"
-            )
+    check_known("critic.loss_agg_mode", run.config.critic.loss_agg_mode, LOSS_AGG_MODES)
+    if not _registers_in_workers(run.config):
+        check_known(key, mode, tuple(POLICY_LOSS_REGISTRY))
     if mode == "dro" and asyppo.adv_mask_fraction > 0:
         raise ValueError(
             f"{key}='dro' moves tokens whose advantage is 0, so the advantage mask would not hold; choose another loss_mode or "
