@@ -40,23 +40,22 @@ def fitting_ranks(run: Run, micro_batch: int = 1) -> str:
 def check_placement(run: Run) -> None:
     """Refuse a placement for which the critics' GPUs do not suffice or do not come out even."""
     asyppo, placement, pool = run.asyppo, run.asyppo.placement, run.asyppo.pool
+    least = f"{asyppo.num_critics} or a multiple" if placement == "split" else "1 or more"
+    gpus = f"asyppo.pool.n_gpus_per_node={pool.n_gpus_per_node} * asyppo.pool.nnodes={pool.nnodes}"
     if not asyppo.critics_are_apart and pool.n_gpus_per_node:
         raise ValueError(
-            f"asyppo.pool.n_gpus_per_node={pool.n_gpus_per_node} is idle with asyppo.placement=colocated, under which the "
-            "critics use the actor's GPUs; set asyppo.placement to pool or split, or remove asyppo.pool"
+            f"{gpus}: idle with asyppo.placement=colocated, under which the critics use the actor's GPUs; set "
+            "asyppo.placement to pool or split, or remove asyppo.pool"
         )
     if asyppo.critics_are_apart and not pool.ranks:
-        least = asyppo.num_critics if placement == "split" else 1
         raise ValueError(
-            f"asyppo.placement={placement} needs GPUs for the critics alone, but asyppo.pool.n_gpus_per_node="
-            f"{pool.n_gpus_per_node} * asyppo.pool.nnodes={pool.nnodes} is 0; set asyppo.pool.n_gpus_per_node={least} or "
-            f"{'a multiple' if placement == 'split' else 'more'}, and asyppo.pool.nnodes=1"
+            f"asyppo.placement={placement} needs GPUs for the critics alone, but {gpus} is 0; set "
+            f"asyppo.pool.n_gpus_per_node={least}, and asyppo.pool.nnodes=1"
         )
     if placement == "split" and pool.ranks % asyppo.num_critics:
         raise ValueError(
-            f"asyppo.placement=split cannot deal the {pool.ranks} GPUs of asyppo.pool (n_gpus_per_node="
-            f"{pool.n_gpus_per_node} * nnodes={pool.nnodes}) to asyppo.num_critics={asyppo.num_critics} evenly; "
-            f"{fitting_ranks(run)} GPUs would do, or asyppo.placement=pool"
+            f"asyppo.placement=split cannot deal the {pool.ranks} GPUs of {gpus} to asyppo.num_critics={asyppo.num_critics} "
+            f"evenly; {fitting_ranks(run)} GPUs would do, or asyppo.placement=pool"
         )
 
 

@@ -61,31 +61,26 @@ def check_places(run: Run) -> Iterator[str]:
 
 def check_trainer(run: Run) -> Iterator[str]:
     """Refuse trainers, strategies and algorithms under which AsyPPO could not do what was asked."""
-    config, mode = run.config, trainer_mode(run.config)
-    if not config.trainer.use_v1:
-        raise ValueError(
-            f"trainer.use_v1={config.trainer.use_v1}: AsyPPO needs verl's V1 trainer; set trainer.use_v1=True"
-        )
-    check_known("trainer.v1.trainer_mode", mode, TRAINER_MODES)
-    if config.critic.enable not in (None, True):
-        raise ValueError(
-            f"critic.enable={config.critic.enable}: AsyPPO is PPO with critics; remove the override, or use adv_estimator=grpo"
-        )
-    if config.critic.strategy not in ("fsdp", "fsdp2"):
-        raise ValueError(
-            f"critic.strategy={config.critic.strategy!r}: the mini-critics run on FSDP; set fsdp or fsdp2 (with model_engine="
-            "megatron also critic@critic=dp_critic)"
-        )
-    if run.get("distillation.enabled"):
-        raise ValueError(
-            "distillation.enabled=True cannot be combined with AsyPPO, whose actor loss replaces verl's; disable it"
-        )
-    if run.get("algorithm.use_pf_ppo"):
-        raise ValueError(
-            "algorithm.use_pf_ppo=True draws the batch's rows anew and stores them under the keys of others, so values, "
-            "shards and selections would be of other responses; set algorithm.use_pf_ppo=False"
-        )
-    actor = run.get("actor_rollout_ref.actor.strategy")
+    config, actor = run.config, run.get("actor_rollout_ref.actor.strategy")
+    check_known("trainer.v1.trainer_mode", trainer_mode(config), TRAINER_MODES)
+    for key, is_right, why in (
+        ("trainer.use_v1", config.trainer.use_v1, "AsyPPO needs verl's V1 trainer; set it to True"),
+        ("critic.enable", config.critic.enable in (None, True), "AsyPPO is PPO with critics; remove it, or use grpo"),
+        ("critic.strategy", config.critic.strategy in ("fsdp", "fsdp2"), "mini-critics run on FSDP; set fsdp or fsdp2"),
+        (
+            "distillation.enabled",
+            not run.get("distillation.enabled"),
+            "its actor loss replaces AsyPPO's; set it to False",
+        ),
+        (
+            "algorithm.use_pf_ppo",
+            not run.get("algorithm.use_pf_ppo"),
+            "the rows of the batch would be drawn anew and stored under the keys of others, so values, shards and selections "
+            "would be of other responses; set it to False",
+        ),
+    ):
+        if not is_right:
+            raise ValueError(f"{key}={run.get(key)!r}: {why}")
     if actor not in ("fsdp", "fsdp2"):
         yield f"actor_rollout_ref.actor.strategy={actor}: AsyPPO has been tested with actors on fsdp and fsdp2 only"
 

@@ -31,6 +31,8 @@ def is_number(value: Any) -> bool:
 
 COUNT = ("must be a whole number, 1 or more", is_count)
 NUMBER = ("must be a number", is_number)
+# verl multiplies gradients by what is 0 or negative.
+CLIP = ("must be above 0; .inf for no bound", lambda value: is_number(value) and value > 0)
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data.train_batch_size": COUNT,
     "data.max_prompt_length": COUNT,
@@ -38,31 +40,32 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "actor_rollout_ref.rollout.n": COUNT,
     "actor_rollout_ref.actor.ppo_mini_batch_size": COUNT,
     "actor_rollout_ref.actor.ppo_epochs": COUNT,
+    "actor_rollout_ref.actor.optim.clip_grad": CLIP,
     "critic.ppo_mini_batch_size": COUNT,
     "critic.ppo_epochs": COUNT,
     "critic.fsdp.ulysses_sequence_parallel_size": COUNT,
-    "trainer.nnodes": COUNT,
-    "trainer.n_gpus_per_node": COUNT,
-    "actor_rollout_ref.actor.entropy_coeff": NUMBER,
-    "actor_rollout_ref.actor.optim.lr": NUMBER,
-    "critic.optim.lr": NUMBER,
     "critic.cliprange_value": NUMBER,
+    "critic.optim.lr": NUMBER,
+    "critic.optim.clip_grad": CLIP,
     "algorithm.gamma": NUMBER,
     "algorithm.lam": NUMBER,
+    "trainer.nnodes": COUNT,
+    "trainer.n_gpus_per_node": COUNT,
     "trainer.save_freq": NUMBER,
     "trainer.test_freq": NUMBER,
-    "trainer.total_epochs": NUMBER,
     "trainer.total_training_steps": ("must be a number, or null", lambda value: value is None or is_number(value)),
-    # verl multiplies gradients by what is 0 or negative.
-    "actor_rollout_ref.actor.optim.clip_grad": ("must be above 0; .inf for no bound", lambda v: is_number(v) and v > 0),
-    "critic.optim.clip_grad": ("must be above 0; .inf for no bound", lambda v: is_number(v) and v > 0),
 }
 """What a key must be, in words, and the function that says so."""
 
-TEMPERATURE = ("must be a number of 0 or more", lambda v: is_number(v) and 0 <= v < math.inf)
-TOP_P = ("must be above 0 and at most 1; 1 for all tokens", lambda v: is_number(v) and 0 < v <= 1)
-TOP_K = ("must be a whole number, 1 or more; -1 for all tokens", lambda v: isinstance(v, int) and v >= -1)
-SAMPLING = {"temperature": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K}
+SAMPLING = {
+    "temperature": ("must be a number of 0 or more", lambda value: is_number(value) and 0 <= value < math.inf),
+    "top_p": ("must be above 0 and at most 1; 1 for all tokens", lambda value: is_number(value) and 0 < value <= 1),
+    "top_k": (
+        "must be a whole number, 1 or more; -1 for all tokens",
+        lambda value: isinstance(value, int) and value >= -1,
+    ),
+}
+"""The same below ``rollout`` and, where the run validates, ``rollout.val_kwargs``."""
 
 
 def check_types(run: Run) -> None:
@@ -118,20 +121,14 @@ def check_values(run: Run) -> Iterator[str]:
 def check_batches(run: Run) -> None:
     """Refuse mini-batches that the critics' shards and ranks cannot divide, and micro-batches that the longest row exceeds."""
     critic, n = run.config.critic, run.config.actor_rollout_ref.rollout.n
-    mini_batch, micro_batch = critic.ppo_mini_batch_size, 1
-    infer = "ppo_infer_max_token_len_per_gpu"  # not in verl's node, but goes first where it has been added
+    mini_batch, micro_batch, infer = critic.ppo_mini_batch_size, 1, None
     if critic.use_dynamic_bsz:
-        longest = run.config.data.max_prompt_length + run.config.data.max_response_length
-        for key in ("ppo_max_token_len_per_gpu", infer if critic.get(infer) else "forward_max_token_len_per_gpu"):
-            tokens = critic[key]
-            if not is_count(tokens) or tokens * critic.fsdp.ulysses_sequence_parallel_size < longest:
-                # verl stops at the first row that does not fit, which may come after hours.
-                raise ValueError(
-                    f"{run.key(f'critic.{key}')}={tokens!r} must have room for a row of data.max_prompt_length + "
-                    f"data.max_response_length = {longest} tokens; raise it to {longest} or more"
-                )
+        _check_tokens(run)
     else:
         micro_batch = critic.ppo_micro_batch_size_per_gpu
+        infer_key = "ppo_infer_micro_batch_size_per_gpu"
+        infer_key = infer_key if critic.get(infer_key) else "forward_micro_batch_size_per_gpu"
+        infer = critic.get(infer_key)
         if not is_count(micro_batch):
             raise ValueError(
                 f"{run.key('critic.ppo_micro_batch_size_per_gpu')}={micro_batch!r} must be a whole number, 1 or more, while "
@@ -148,11 +145,20 @@ def check_batches(run: Run) -> None:
             + f"; make the product of the first two a multiple of {unit * data_parallel}"
             + (f", or give the critics {ranks} GPUs ({ranks_key(run.asyppo)})" if ranks else "")
         )
-    name = "ppo_infer_micro_batch_size_per_gpu"
-    name = name if critic.get(name) else "forward_micro_batch_size_per_gpu"
-    infer_rows = None if critic.use_dynamic_bsz else critic.get(name)
-    if infer_rows is not None and (not is_count(infer_rows) or responses % (data_parallel * infer_rows)):
+    if infer is not None and (not is_count(infer) or responses % (data_parallel * infer)):
         raise ValueError(
-            f"{run.key(f'critic.{name}')}={infer_rows} does not divide the {responses} responses of a critic "
-            f"mini-batch on {data_parallel} data-parallel ranks; choose a divisor of {responses // data_parallel}"
+            f"{run.key(f'critic.{infer_key}')}={infer} does not divide the {responses} responses of a critic mini-batch on "
+            f"{data_parallel} data-parallel ranks; choose a divisor of {responses // data_parallel}"
         )
+
+
+def _check_tokens(run: Run) -> None:
+    """verl stops at the first row that does not fit, which may come after hours."""
+    critic, longest = run.config.critic, run.config.data.max_prompt_length + run.config.data.max_response_length
+    infer = "ppo_infer_max_token_len_per_gpu"  # not in verl's node, but goes first where it has been added
+    for key in ("ppo_max_token_len_per_gpu", infer if critic.get(infer) else "forward_max_token_len_per_gpu"):
+        if not is_count(critic[key]) or critic[key] * critic.fsdp.ulysses_sequence_parallel_size < longest:
+            raise ValueError(
+                f"{run.key(f'critic.{key}')}={critic[key]!r} must have room for a row of data.max_prompt_length + "
+                f"data.max_response_length = {longest} tokens; raise it to {longest} or more"
+            )
