@@ -117,7 +117,7 @@ def test_a_bad_configuration_is_refused_before_ray_starts(toy, module):
     assert "ray init kwargs" not in run.stdout and "Started a local Ray instance" not in run.stderr
 
 
-def test_the_recipe_lists_every_knob_with_its_default(root):
+def test_the_recipe_lists_every_option_with_its_default(root):
     import dataclasses
 
     from asyppo_verl.config import AsyPPOConfig
@@ -142,6 +142,6 @@ def test_the_doctor_counts_logical_cpus():
     assert run.returncode == 1 and "num_cpus=12 is below the 15 logical CPUs" in run.stdout, run.stdout + run.stderr
 
 
-def test_the_doctor_names_the_cure():
+def test_the_doctor_names_the_fix():
     run = python(["-m", "asyppo_verl.doctor"], VERL_USE_EXTERNAL_PLUGINS="none")
     assert run.returncode == 1 and "unset it, or add asyppo to the list" in run.stdout

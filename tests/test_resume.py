@@ -1,4 +1,4 @@
-"""A crash costs nothing: killed at any moment, a run goes on from its last whole checkpoint as if nothing had been.
+"""A crash costs nothing: killed at any moment, a run goes on from its last complete checkpoint as if nothing had been.
 
 ``KILLS=10 pytest tests/test_resume.py -k killed`` adds kills at random moments to those that are chosen.
 """
@@ -57,7 +57,7 @@ def launch(root: Path, task: Path, run_dir: Path, tmp: str, *overrides: str, **e
         )
 
 
-def last_whole(run_dir: Path) -> int:
+def last_complete(run_dir: Path) -> int:
     """Step of the checkpoint that the next start resumes from, every file of it read."""
     tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     if not tracker.exists():
@@ -83,14 +83,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(root, task, tmp_path, short
     (run_dir / "probe").mkdir(parents=True)
     for kill in moments():
         step, _, moment = kill.partition(":")
-        if last_whole(run_dir) >= int(step):
+        if last_complete(run_dir) >= int(step):
             continue  # an earlier kill fell after this step, which is not taken again
         process = start(root, task, run_dir, short_tmp, kill)
         process.wait(timeout=600)
         assert process.returncode == -signal.SIGKILL, (run_dir / "shown").read_text()[-3000:]
         wait_until_all_are_gone(process.pid)
-        # The checkpoint of a step is whole before older ones are removed, and not before that.
-        assert last_whole(run_dir) == int(step) - (moment != "removal"), kill
+        # The checkpoint of a step is complete before older ones are removed, and not before that.
+        assert last_complete(run_dir) == int(step) - (moment != "removal"), kill
         if moment == "removal":
             unlogged.add(int(step))  # verl logs a step after its checkpoint
         if moment.startswith("half "):
@@ -144,7 +144,7 @@ def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended(root, toy, tmp_
     reward.write_text(BROKEN_REWARD)
     code, shown = run()
     assert code and "64 of 64 responses of step 2 have rewards that are not finite" in shown[-4000:], shown[-4000:]
-    assert last_whole(run_dir) == 1
+    assert last_complete(run_dir) == 1
     assert [path.name for path in (run_dir / "checkpoints").glob("global_step_*")] == ["global_step_1"]
 
     reward.write_text(BROKEN_REWARD.replace("> 64", "< 0"))
@@ -153,7 +153,7 @@ def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended(root, toy, tmp_
     assert sorted(Replay(run_dir).metrics()) == [1, 2, 3]
 
 
-# -- damaged checkpoints -------------------------------------------------------------------------------------------
+# -- corrupt checkpoints ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def tracker_says(text: str) -> Callable[[Path], None]:
     return lambda checkpoint: (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text(text) and None
 
 
-DAMAGED = [
+SPOILT = [
     ("a critic missing", lambda c: shutil.rmtree(c / "critic/critic_1"), [], ["critic", "missing ['critic_1']"]),
     ("all critics missing", lambda c: shutil.rmtree(c / "critic"), [], ["critic", "missing ['critic_0', 'critic_1']"]),
     (
@@ -241,13 +241,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_checkpoint_that_is_damaged_below_is_accepted(resumable):
+def test_the_checkpoint_that_is_spoilt_below_is_accepted(resumable):
     driver(resumable())
 
 
-@pytest.mark.parametrize(("damage", "overrides", "fragments"), [d[1:] for d in DAMAGED], ids=[d[0] for d in DAMAGED])
-def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(resumable, tmp_path, damage, overrides, fragments):
-    damage(tmp_path / "checkpoints" / f"global_step_{STEPS}")
+@pytest.mark.parametrize(("spoil", "overrides", "fragments"), [d[1:] for d in SPOILT], ids=[d[0] for d in SPOILT])
+def test_a_corrupt_or_foreign_checkpoint_is_refused_and_left_alone(resumable, tmp_path, spoil, overrides, fragments):
+    spoil(tmp_path / "checkpoints" / f"global_step_{STEPS}")
     before = content(tmp_path / "checkpoints")
     with pytest.raises(ValueError) as caught:
         driver(resumable(*overrides))
@@ -257,9 +257,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(resumable, tm
     assert content(tmp_path / "checkpoints") == before
 
 
-def test_an_earlier_checkpoint_or_none_is_the_cure(resumable, tmp_path):
+def test_an_earlier_checkpoint_or_none_is_the_fix(resumable, tmp_path):
     checkpoint = tmp_path / "checkpoints" / f"global_step_{STEPS}"
-    whole = shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name)
+    complete = shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name)
     cut(checkpoint / OPTIM)
-    driver(resumable("trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}"))
+    driver(resumable("trainer.resume_mode=resume_path", f"trainer.resume_from_path={complete}"))
     driver(resumable("trainer.resume_mode=disable"))

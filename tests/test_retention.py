@@ -13,7 +13,7 @@ from asyppo_verl.retention import older_ones_last
 
 @pytest.fixture
 def saved(tmp_path):
-    """Make whole checkpoints of some steps, the tracker naming the last."""
+    """Make complete checkpoints of some steps, the tracker naming the last."""
 
     def save(*steps: int) -> Path:
         for step in steps:
@@ -34,7 +34,7 @@ def parts(root: Path) -> set[str]:
     return {f"{path.parent.name.removeprefix('global_step_')}/{path.name}" for path in root.glob("global_step_*/*")}
 
 
-def test_older_checkpoints_go_when_the_new_one_is_whole(saved):
+def test_older_checkpoints_go_when_the_new_one_is_complete(saved):
     root = saved(1, 2)
     run = config(root, keep=1)
     with older_ones_last(run, 3):
@@ -52,7 +52,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_older_one(saved):
     assert len(parts(root)) == 4 and latest_step(root) == 2
 
 
-def test_no_checkpoint_counts_as_whole_while_it_is_written_over(saved):
+def test_no_checkpoint_counts_as_complete_while_it_is_written_over(saved):
     """A run that resumed from step 5 of ten comes to step 10 again; killed there, it must go on from its own step 9."""
     root = saved(5, 10)
     saved(6, 9)

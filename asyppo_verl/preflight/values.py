@@ -25,7 +25,7 @@ def is_count(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """True for a whole or decimal number other than nan."""
+    """True for any number but nan."""
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
