@@ -84,7 +84,8 @@ LEGAL = [
     # data that only verl reads
     "data.train_files=hdfs://somewhere/train.parquet",
     "data.train_files=[/elsewhere/train.json,/elsewhere/more.jsonl]",
-    "data.val_files=TOY/train.parquet",
+    "data.val_files=TOY/made.json trainer.val_before_train=False",
+    "trainer.v1.sampler.custom_sampler.path=/nowhere.py",
     # critics of their own
     "+asyppo.critic_overrides.1.optim.lr=0.5 +asyppo.critic_overrides.1.optim.lr_scheduler_type=cosine "
     "+asyppo.critic_overrides.1.fsdp.param_offload=True",

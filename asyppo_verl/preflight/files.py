@@ -22,8 +22,8 @@ CODE = {
 def check_code(run: Run) -> Iterator[str]:
     """Refuse Python files that are not there or do not compile; with several nodes they need not be on this one."""
     for path_key, name_key in CODE.items():
-        path, name = run.get(path_key), str(run.get(name_key))
-        if not path or "://" in str(path) or run.config.trainer.nnodes > 1:
+        path, name = run.get(path_key), run.get(name_key)
+        if not path or not name or "://" in str(path) or run.config.trainer.nnodes > 1:
             continue
         file = Path(str(path)).expanduser()
         if not file.exists():
@@ -33,7 +33,7 @@ def check_code(run: Run) -> Iterator[str]:
             compile(text, str(file), "exec")
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"{path_key}={path} is not Python that can be read ({error}); correct the file") from error
-        if name.encode() not in text and b"import *" not in text:
+        if str(name).encode() not in text and b"import *" not in text:
             yield f"{name_key}={name!r} does not occur in {path_key}={path}"
 
 
@@ -45,8 +45,7 @@ def check_data(run: Run) -> Iterator[str]:
     data, trainer = run.config.data, run.config.trainer
     if run.get("data.custom_cls.path"):
         return  # what the user's own dataset reads, and how, is not known here
-    counts = {key: _rows(run, key) for key in ("data.train_files", "data.val_files")}
-    rows, limit, batch = counts["data.train_files"], data.get("train_max_samples", -1), data.train_batch_size
+    rows, limit, batch = _rows(run), data.get("train_max_samples", -1), data.train_batch_size
     if rows is None:
         return
     used = min(rows, limit) if limit and limit > 0 else rows
@@ -65,15 +64,14 @@ def check_data(run: Run) -> Iterator[str]:
         )
 
 
-def _rows(run: Run, key: str) -> int | None:
-    """Rows of the parquet files that a key names, from their last bytes; None if they cannot be counted here."""
+def _rows(run: Run) -> int | None:
+    """Rows of ``data.train_files``, from the last bytes of each; None if they cannot be counted here."""
     import pyarrow
     from pyarrow import parquet
 
-    files: Any = run.get(key)
-    files = list(files) if OmegaConf.is_list(files) else [files]
+    files: Any = run.config.data.train_files
     prompt_key, rows = run.config.data.prompt_key, 0
-    for file in files:
+    for file in files if OmegaConf.is_list(files) else [files]:
         try:
             metadata = parquet.read_metadata(os.path.expanduser(file))
         except (pyarrow.ArrowException, OSError, TypeError):
@@ -81,7 +79,7 @@ def _rows(run: Run, key: str) -> int | None:
         columns = metadata.schema.to_arrow_schema().names
         if prompt_key not in columns:
             raise ValueError(
-                f"data.prompt_key={prompt_key!r} is not a column of {key}={file}{nearest(str(prompt_key), columns)}; it has "
+                f"data.prompt_key={prompt_key!r} is not a column of data.train_files={file}{nearest(str(prompt_key), columns)}; it has "
                 f"{', '.join(columns)}"
             )
         rows += metadata.num_rows
