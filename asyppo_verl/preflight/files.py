@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from asyppo_verl.config import nearest
+from asyppo_verl.config import check_known
 from asyppo_verl.critic_settings import Run
 
 CODE = {
@@ -77,10 +77,6 @@ def _rows(run: Run) -> int | None:
         except (pyarrow.ArrowException, OSError, TypeError):
             return None  # another format, another place, or not there, which verl says first of all
         columns = metadata.schema.to_arrow_schema().names
-        if prompt_key not in columns:
-            raise ValueError(
-                f"data.prompt_key={prompt_key!r} is not a column of data.train_files={file}{nearest(str(prompt_key), columns)}; it has "
-                f"{', '.join(columns)}"
-            )
+        check_known("data.prompt_key", prompt_key, columns)
         rows += metadata.num_rows
     return rows

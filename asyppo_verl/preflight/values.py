@@ -51,6 +51,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "algorithm.lam": NUMBER,
     "trainer.nnodes": COUNT,
     "trainer.n_gpus_per_node": COUNT,
+    "trainer.total_epochs": NUMBER,
     "trainer.save_freq": NUMBER,
     "trainer.test_freq": NUMBER,
     "trainer.total_training_steps": ("must be a number, or null", lambda value: value is None or is_number(value)),
