@@ -364,4 +364,4 @@ def test_files_of_other_nodes_are_left_to_their_ranks(resumed, tmp_path, caplog)
 
 def test_a_checkpoint_that_would_be_loaded_without_weights_is_refused(resumed):
     message = refusal(resumed(TWO_RANKS, "critic.checkpoint.load_contents=[hf_model]"))
-    assert "critic.checkpoint.load_contents=['hf_model'] lacks 'model'" in message
+    assert "checkpoint.load_contents=['hf_model'] lacks 'model'" in message and "critic_0" in message

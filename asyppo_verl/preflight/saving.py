@@ -14,7 +14,7 @@ from asyppo_verl.preflight.models import ACTOR, CRITIC, built
 
 CONTENTS = ("model", "optimizer", "extra", "hf_model")
 """What verl's checkpoints can hold."""
-WORKERS = {"actor": "actor_rollout_ref.actor", "critic": "critic"}
+WORKERS = ("actor_rollout_ref.actor", "critic")
 SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Entries of a model's configuration that bind its weights to it."""
 RESUMED = {"model": "weights", "optimizer": "optimizer", "extra": "learning rate schedule and random numbers"}
@@ -23,7 +23,7 @@ RESUMED = {"model": "weights", "optimizer": "optimizer", "extra": "learning rate
 
 def check_contents(run: Run) -> Iterator[str]:
     """Refuse contents of checkpoints that verl does not know and so leaves out; say what a resumed run will lack."""
-    for worker in WORKERS.values():
+    for worker in WORKERS:
         for key in (f"{worker}.checkpoint.save_contents", f"{worker}.checkpoint.load_contents"):
             contents = run.get(key)
             if not OmegaConf.is_list(contents):
@@ -80,42 +80,42 @@ def check_resume(run: Run) -> Iterator[str]:
     With several nodes a rank's files may be on its node only: each rank looks at its own (:mod:`asyppo_verl.critic_worker`),
     and here only what can be seen is.
     """
-    trainer, asyppo = run.config.trainer, run.asyppo
-    folder = resumed_checkpoint(run)
+    trainer, asyppo, folder = run.config.trainer, run.asyppo, resumed_checkpoint(run)
     if trainer.resume_mode == "auto" and trainer.resume_from_path:
-        yield (
-            f"trainer.resume_from_path={trainer.resume_from_path} is not looked at with trainer.resume_mode=auto, which "
-            "resumes from the last checkpoint of trainer.default_local_dir"
-        )
+        yield f"trainer.resume_from_path={trainer.resume_from_path} is not looked at with trainer.resume_mode=auto"
     if folder is None:
         return
     is_local = trainer.nnodes == 1 and (asyppo.pool.nnodes == 1 or not asyppo.critics_are_apart)
     if is_local:
         checkpoint.check_critics(folder / "critic", asyppo.num_critics)
         checkpoint.check_archive(folder / "data.pt", "the position in the training data")
-    names = checkpoint.critic_folders(asyppo.num_critics)
-    models = {f"critic/{names[index]}": ("critic", critic_ranks(run)) for index in run.critics}
-    if not run.own:
-        models["actor"] = ("actor", trainer.nnodes * trainer.n_gpus_per_node)
     unseen = []
-    for name, (worker, ranks) in models.items():
-        if run.get(f"{WORKERS[worker]}.strategy") not in ("fsdp", "fsdp2"):
-            continue  # only FSDP's files are known here
-        contents = run.get(f"{WORKERS[worker]}.checkpoint.load_contents")
-        if contents is not None and "model" not in contents:
+    for model in _models(run, folder):
+        if model.contents is not None and "model" not in model.contents:
             raise ValueError(
-                f"{WORKERS[worker]}.checkpoint.load_contents={list(contents)} lacks 'model', so the run would go on from "
-                f"{folder} with the weights of a new one; add it, or start anew with trainer.resume_mode=disable"
+                f"checkpoint.load_contents={list(model.contents)} lacks 'model', so the run would go on from {model.folder} "
+                "with the weights of a new one; add it, or start anew with trainer.resume_mode=disable"
             )
-        config = (built(run, ACTOR) if worker == "actor" else built(run, CRITIC).model).hf_config.get_text_config()
-        sizes = {key: getattr(config, key) for key in SIZES if hasattr(config, key)}
-        model = checkpoint.Model(folder / name, ranks, contents, sizes)
-        seen = [
-            rank for rank in range(ranks) if is_local or any(model.folder.glob(f"*_world_size_{ranks}_rank_{rank}.pt"))
-        ]
+        files = f"*_world_size_{model.ranks}_rank_"
+        seen = [rank for rank in range(model.ranks) if is_local or any(model.folder.glob(f"{files}{rank}.pt"))]
         checkpoint.check_files(model, seen)
         if is_local or (model.folder / "huggingface" / "config.json").exists():
             checkpoint.check_sizes(model)
-        unseen += [f"{len(seen)} of {ranks} ranks of {model.folder}"] if len(seen) < ranks else []
+        if len(seen) < model.ranks:
+            unseen.append(f"{len(seen)} of {model.ranks} ranks of {model.folder}")
     if unseen:
         yield f"of the checkpoint only this can be seen here: {'; '.join(unseen)}; each rank will look at its own files"
+
+
+def _models(run: Run, folder: Path) -> Iterator[checkpoint.Model]:
+    """What this run loads from a checkpoint; only FSDP's files are known here."""
+    trainer, names = run.config.trainer, checkpoint.critic_folders(run.asyppo.num_critics)
+    parts = [("critic", f"critic/{names[index]}", critic_ranks(run)) for index in run.critics]
+    if not run.own:
+        parts.append((WORKERS[0], "actor", trainer.nnodes * trainer.n_gpus_per_node))
+    for node, name, ranks in parts:
+        if run.get(f"{node}.strategy") in ("fsdp", "fsdp2"):
+            model = built(run, CRITIC).model if node == "critic" else built(run, ACTOR)
+            config = model.hf_config.get_text_config()
+            sizes = {key: getattr(config, key) for key in SIZES if hasattr(config, key)}
+            yield checkpoint.Model(folder / name, ranks, run.get(f"{node}.checkpoint.load_contents"), sizes)
