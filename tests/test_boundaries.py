@@ -50,7 +50,7 @@ ALLOWED = {
     "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu"}),
     "plugin": (set(), {"hooks"}),
     "export": ({"torch", "transformers", "verl"}, {"checkpoint"}),
-    "doctor": ({"ray", "verl"}, {"config"}),
+    "doctor": ({"hydra", "ray", "verl"}, {"config", "critic_settings", "preflight"}),
     "cpu": ({"torch", "psutil", "ray", "wrapt", "verl", "vllm"}, {"cpu"}),
 }
 
