@@ -42,7 +42,8 @@ class Run:
         """Equal for runs that differ in nothing but seeds; a run of unknown settings equals itself alone."""
         if self.settings is None:
             return (str(self.folder.resolve()), self.name)
-        return tuple(sorted((key, repr(value)) for key, value in self.settings.items() if not is_seed(key)))
+        settings = {key: repr(value) for key, value in self.settings.items() if not is_seed(key) and key not in PLACES}
+        return tuple(sorted(settings.items()))
 
 
 def is_seed(key: str) -> bool:
@@ -63,31 +64,37 @@ def load(path: Path) -> Run:
         )
     # A resumed run that still goes on has its earlier steps beside the new ones; what was written last counts.
     lines = [*read_metrics(file.with_suffix(".history.jsonl")), *read_metrics(file)]
-    logged = {line["step"]: line["data"] for line in lines}
+    logged = {line["step"]: numbers(line["data"]) for line in lines}
     if not logged:
         raise ValueError(f"{file} holds no step yet")
     steps = sorted(logged)
-    keys = sorted({key for data in logged.values() for key, value in data.items() if not isinstance(value, str)})
-    # verl writes NaN and infinity as null.
-    number = {step: {key: math.nan if v is None else v for key, v in logged[step].items()} for step in steps}
+    keys = sorted({key for data in logged.values() for key in data})
     return Run(
         name=path.name if path.is_dir() else path.stem,
         folder=file.parent,
         steps=steps,
-        metrics={key: [number[step].get(key, math.nan) for step in steps] for key in keys},
+        metrics={key: [logged[step].get(key, math.nan) for step in steps] for key in keys},
         not_finite={
-            key: bad for key in keys if (bad := [s for s in steps if not math.isfinite(number[s].get(key, 0.0))])
+            key: bad for key in keys if (bad := [s for s in steps if not math.isfinite(logged[s].get(key, 0.0))])
         },
         settings=read_settings(file.parent),
     )
 
 
+def numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a logged step; verl's file logger writes NaN and infinity as null."""
+    return {
+        key: math.nan if value is None else float(value)
+        for key, value in data.items()
+        if value is None or isinstance(value, (int, float))
+    }
+
+
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The configuration that hydra kept in a run folder, flat, without the settings that only name places."""
+    """The configuration that hydra kept in a run folder, flat; None where it kept none."""
     for file in (folder / "hydra/.hydra/config.yaml", folder / ".hydra/config.yaml"):
         if file.exists():
-            flat = flatten(yaml.safe_load(file.read_text()))
-            return {key: value for key, value in flat.items() if key not in PLACES}
+            return flatten(yaml.safe_load(file.read_text()))
     return None
 
 
@@ -114,7 +121,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Settings that differ between the runs, with the value of each; "-" where a run has no such setting."""
     known = [run.settings for run in runs if run.settings is not None]
     rows = []
-    for key in sorted({key for settings in known for key in settings}):
+    for key in sorted({key for settings in known for key in settings} - PLACES):
         if len({repr(settings.get(key, "-")) for settings in known}) > 1:
             rows.append((key, ["unknown" if run.settings is None else str(run.settings.get(key, "-")) for run in runs]))
     return rows
