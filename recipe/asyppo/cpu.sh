@@ -42,9 +42,7 @@ if [ -z "${RAY_ADDRESS:-}" ]; then
     # Ray would keep records of 100,000 past calls for its dashboard, which is not started: a MiB a step.
     export RAY_task_events_report_interval_ms=0
     RAY_DIR=$(mktemp -d -t asyppo-ray-XXXXXX)
-    export ASYPPO_FORK_SERVER=$RAY_DIR/fork_server
-    "$PYTHON" -m asyppo_verl.cpu.fork_server "$ASYPPO_FORK_SERVER" &
-    trap 'kill %1; rm -rf "$RAY_DIR"' EXIT
+    trap 'rm -rf "$RAY_DIR"' EXIT
     export TMPDIR=$RAY_DIR # vLLM and verl leave sockets and lock files behind in the temporary folder
     # Ray counts ranks in logical GPUs, of which it may believe in any number, and needs about a dozen logical CPUs for verl's helper actors.
     CPU+=(

@@ -38,7 +38,17 @@ def _hand_over() -> None:
     os._exit(code[0] if code else 1)
 
 
-if "ASYPPO_FORK_SERVER" in os.environ and any(
-    word.endswith("/default_worker.py") or "spawn_main(" in word for word in sys.orig_argv
-):
-    _hand_over()
+def _start_server() -> None:
+    """Let a fork server import what this run's processes need, while this one starts."""
+    import subprocess
+
+    os.environ["ASYPPO_FORK_SERVER"] = path = os.path.join(os.environ["TMPDIR"], "fork_server")
+    subprocess.Popen([sys.executable, "-m", "asyppo_verl.cpu.fork_server", path])
+
+
+_words = sys.orig_argv
+if "ASYPPO_FORK_SERVER" in os.environ:
+    if any(word.endswith("/default_worker.py") or "spawn_main(" in word for word in _words):
+        _hand_over()
+elif "TMPDIR" in os.environ and {"verl.trainer.main_ppo", "recipe.asyppo.main_asyppo"} & {*_words[1:3]}:
+    _start_server()
