@@ -1,11 +1,12 @@
 """Fork the Python processes of a run from one that has imported what all of them need: ``fork_server SOCKET [MODULE ...]``.
 
-A run on a CPU has nine processes that import torch, vLLM and verl, for eight seconds each. Only the first one does here.
-What is forked has the arguments, files, environment, folder and process group of the process that asked, which waits for it
-(:mod:`sitecustomize` in ``startup``). Ends with the process that started it.
+A run on a CPU has nine processes that import torch, transformers and verl, for eight seconds each. Here the first two are
+imported once. What is forked has the arguments, files, environment, folder and process group of the process that asked,
+which waits for it (:mod:`sitecustomize` in ``startup``). Ends with the process that started it.
 """
 
 import ast
+import contextlib
 import gc
 import os
 import runpy
@@ -15,7 +16,16 @@ import sys
 import traceback
 from select import select
 
-PRELOADED = ("verl.trainer.ppo.v1", "verl.workers.engine_workers", "verl.workers.rollout.vllm_rollout.vllm_async_server")
+from asyppo_verl import cpu
+
+PRELOADED = (
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers.modeling_utils",
+    "datasets",
+    "tensordict",
+)
+"""Not Ray, whose threads do not survive a fork, and so not verl."""
 
 
 def main(path: str, *modules: str) -> None:
@@ -24,6 +34,8 @@ def main(path: str, *modules: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
+        # What a worker of Ray is given; torch asks once.
+        os.environ |= {"OMP_NUM_THREADS": "1", **cpu.ENVIRONMENT, **os.environ}
         for module in modules or PRELOADED:
             __import__(module)
         gc.freeze()  # else the first collection in each child would copy everything
@@ -45,11 +57,8 @@ def main(path: str, *modules: str) -> None:
 
 
 def _reply(connection: socket.socket, code: int) -> None:
-    with connection:
-        try:
-            connection.sendall(bytes([code]))
-        except BrokenPipeError:
-            pass  # it was killed
+    with connection, contextlib.suppress(BrokenPipeError):  # the process that asked may have been killed
+        connection.sendall(bytes([code]))
 
 
 def _fork(connection: socket.socket, others: list[socket.socket]) -> int:

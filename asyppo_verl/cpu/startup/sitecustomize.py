@@ -46,9 +46,9 @@ def _start_server() -> None:
     subprocess.Popen([sys.executable, "-m", "asyppo_verl.cpu.fork_server", path])
 
 
-_words = sys.orig_argv
+_program = next((word for word in sys.orig_argv[1:] if not word.startswith("-")), "")
 if "ASYPPO_FORK_SERVER" in os.environ:
-    if any(word.endswith("/default_worker.py") or "spawn_main(" in word for word in _words):
+    if _program.endswith("/default_worker.py") or "spawn_main(" in _program:
         _hand_over()
-elif "TMPDIR" in os.environ and {"verl.trainer.main_ppo", "recipe.asyppo.main_asyppo"} & {*_words[1:3]}:
+elif "TMPDIR" in os.environ and _program in ("verl.trainer.main_ppo", "recipe.asyppo.main_asyppo"):
     _start_server()
