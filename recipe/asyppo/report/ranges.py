@@ -47,6 +47,12 @@ def _words(limit: Limit) -> str:
     return name if factor == 1 else f"{factor:g} x {name}"
 
 
+LEARN_MORE = (
+    "train the critics longer before the actor (trainer.critic_warmup), more often on the same responses "
+    "(critic.ppo_epochs=4), with a higher critic.optim.lr, or take a larger critic"
+)
+DIFFER = "the critics are equal: give each its own head (asyppo.head_seed) and shard (asyppo.shard=group)"
+
 METRICS = [
     Metric(
         "asyppo/critic_<m>/vf_loss",
@@ -73,8 +79,7 @@ METRICS = [
         "1 - Var[return - value] / Var[return] over the whole batch, its own shard and the others'",
         low=0,
         note="rises; above 0.3 is useful",
-        advice="train the critics longer before the actor (trainer.critic_warmup), more often on the same responses "
-        "(critic.ppo_epochs=4), with a higher critic.optim.lr, or take a larger critic",
+        advice=LEARN_MORE,
     ),
     Metric("asyppo/critic_<m>/responses", "responses it trains on in this step", note="about 1/M of the batch"),
     Metric(
@@ -82,18 +87,18 @@ METRICS = [
         "the same for the mean value",
         low=0,
         note="at least the average of the single critics",
-        advice="as for the single critics",
+        advice=LEARN_MORE,
     ),
     Metric(
         "asyppo/sigma/mean",
         "mean over response tokens of the standard deviation across critics",
         low=0,
         note="falls as the critics learn",
-        advice="the critics are equal: give each its own head (asyppo.head_seed) and shard (asyppo.shard=group)",
+        advice=DIFFER,
         of_several=True,
     ),
-    Metric("asyppo/sigma/p10", "its 10 % quantile", low=0, advice="as for the mean", of_several=True),
-    Metric("asyppo/sigma/p50", "its median", low=0, advice="as for the mean", of_several=True),
+    Metric("asyppo/sigma/p10", "its 10 % quantile", low=0, advice=DIFFER, of_several=True),
+    Metric("asyppo/sigma/p50", "its median", low=0, advice=DIFFER, of_several=True),
     Metric(
         "asyppo/sigma/p90",
         "its 90 % quantile",
@@ -133,7 +138,7 @@ METRICS = [
         low=(0.9, "asyppo.adv_mask_fraction"),
         high=(1, "asyppo.adv_mask_fraction"),
         note="0 if the critics are equal",
-        advice="the critics are equal, see sigma",
+        advice=DIFFER,
         of_several=True,
     ),
     Metric(
@@ -142,7 +147,7 @@ METRICS = [
         low=(0.9, "asyppo.entropy_filter_fraction"),
         high=(1, "asyppo.entropy_filter_fraction"),
         note="0 if the critics are equal",
-        advice="the critics are equal, see sigma",
+        advice=DIFFER,
         of_several=True,
     ),
     Metric(
