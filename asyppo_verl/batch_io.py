@@ -1,13 +1,15 @@
 """Every read and write of TransferQueue, verl's store of the batch; rows are paired by key, never by position."""
 
 import dataclasses
+import uuid
 
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 EVALUATION_FIELDS = ["input_ids", "position_ids", "loss_mask"]
 """What a value model needs to evaluate a row; the loss mask has the length of the response."""
@@ -55,14 +57,31 @@ def response_keys(batch: KVBatchMeta) -> list[str]:
     return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
 
 
-def padding_keys(batch: KVBatchMeta) -> list[str]:
-    """Keys of the padding rows, in batch order."""
-    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding", False)]
+def add_fillers(batch: KVBatchMeta, count: int, eos_token_id: int, fields: list[str]) -> KVBatchMeta:
+    """Store ``count`` rows without response tokens for critics' training calls, made by verl; they never join the batch.
+
+    Args:
+        batch: whose partition they go to; the first row says how its position ids are laid out.
+        count: how many.
+        eos_token_id: what they consist of.
+        fields: set to zero on their one response position.
+    """
+    if not count:
+        return KVBatchMeta(partition_id=batch.partition_id)
+    source = tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id, select_fields=["position_ids"])[0]
+    row, tag = construct_minimal_padding_template(dict(source.items()), batch.tags[0], eos_token_id)
+    row |= {field: torch.zeros(1) for field in fields}
+    group = f"filler{uuid.uuid4().hex}"
+    keys, tags = [f"{group}_{index}_0" for index in range(count)], [tag] * count
+    data = list_of_dict_to_tensordict([{"uid": group, **row}] * count)
+    tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=data, tags=tags)
+    return KVBatchMeta(partition_id=batch.partition_id, keys=keys, tags=tags)
 
 
-def add_padding(batch: KVBatchMeta, rows: int, eos_token_id: int) -> KVBatchMeta:
-    """Append ``rows`` padding rows, made by verl."""
-    return upsample_batch_to_divisible_size(batch, len(batch) + rows, eos_token_id) if rows else batch
+def remove(rows: KVBatchMeta) -> None:
+    """Delete rows with all their fields."""
+    if rows.keys:
+        tq.kv_clear(keys=rows.keys, partition_id=rows.partition_id)
 
 
 def fetch(batch: KVBatchMeta, *fields: str) -> Responses:

@@ -36,11 +36,15 @@ def explained_variance(cov_RR: Tensor, value: int, returns: int) -> float:
     """``1 - Var[R - V] / Var[R]`` from covariances: 1 is perfect, 0 is a constant, below 0 is worse than one.
 
     Var[R] is raised by 1e-5, as in verl's ``critic/vf_explained_var``, so that a batch of equal returns gives a number.
+    A constant gives 0 there as well: verl's 1 would be said of a critic that has run away, whose huge values leave nothing
+    of the rewards in the returns.
 
     Args:
         cov_RR: covariances of several vectors.
         value, returns: which of them are V and R.
     """
+    if cov_RR[value, value] == 0:
+        return 0.0
     residual = cov_RR[returns, returns] + cov_RR[value, value] - 2 * cov_RR[value, returns]
     return float(1 - residual / (cov_RR[returns, returns] + 1e-5))
 

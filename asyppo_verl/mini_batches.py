@@ -1,10 +1,11 @@
-"""Which rows a mini-critic's training call gets, and in which order: whole numbers only.
+"""The order of rows in a mini-critic's training call: whole numbers only.
 
-A training call needs as many rows as whole mini-batches have. Padding rows, which carry no response token, fill the gap;
-no response is dropped or used twice, and critics may share padding rows. Which rows an optimizer step sees does not depend on
-the number of ranks.
+A shard is cut into as many optimizer steps as every other critic makes, of sizes as even as can be; no response is dropped
+or used twice. verl wants as many rows of every rank in every step: padding rows, without response tokens, fill the gaps.
+Which responses an optimizer step sees does not depend on the number of ranks.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -19,23 +20,26 @@ def incomplete_groups(sessions: Iterable[tuple[str, str]], responses_per_prompt:
     return sum(len(ids) < responses_per_prompt for ids in found.values())
 
 
-def padding_needed(shard_sizes: Iterable[int], mini_batch: int) -> int:
-    """Padding rows the batch must hold so that every shard can be filled up to whole mini-batches."""
-    return max(-size % mini_batch for size in shard_sizes)
+def step_count(rows: int, mini_batch: int, shard_sizes: Iterable[int]) -> int:
+    """Optimizer steps of every critic in one pass over its shard, so that none goes without a response.
 
-
-def spread(responses: Sequence[T], padding: Sequence[T]) -> list[T]:
-    """A training call's rows in order: responses as they came, padding rows at even distances between them.
-
-    Consecutive mini-batches then hold nearly the same number of responses, so that no optimizer step rests on a few.
+    Args:
+        rows: of the batch, a multiple of ``mini_batch``.
+        mini_batch: rows in a step of verl's one critic, which makes ``rows / mini_batch`` steps.
+        shard_sizes: responses of every critic; one without any makes no step.
     """
-    rows, total = [], len(responses) + len(padding)
-    next_padding = iter(padding)
-    next_response = iter(responses)
-    for position in range(total):
-        is_padding = (position + 1) * len(padding) // total > position * len(padding) // total
-        rows.append(next(next_padding if is_padding else next_response))
-    return rows
+    return min([rows // mini_batch, *(size for size in shard_sizes if size)])
+
+
+def cut(rows: Sequence[T], steps: int) -> list[Sequence[T]]:
+    """Cut rows into ``steps`` runs, in their order, whose lengths differ by at most one."""
+    bounds = [len(rows) * step // steps for step in range(steps + 1)]
+    return [rows[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def rows_per_rank(steps: Sequence[Sequence[T]], ranks: int, multiple: int = 1) -> int:
+    """Rows that every rank needs in every step to take the longest one: a multiple of its micro-batch."""
+    return -(-max(map(len, steps)) // (ranks * multiple)) * multiple
 
 
 def mini_batches(rows: Sequence[T], mini_batch: int, *, ranks: int = 1) -> list[list[T]]:
