@@ -4,4 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
+# The tests of reports open them in a browser.
+if ! command -v chromium google-chrome chrome > /dev/null && [ "$(id -u)" = 0 ]; then
+    echo "test: installing chromium"
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null
+fi
 exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,82 @@
+"""Turn run folders into one page with plots: ``python -m recipe.asyppo.report RUN [RUN ...] [--out FOLDER] [--watch]``.
+
+Writes ``index.html``, which needs no network, and the plots of every section as PNG beside it, into ``report/`` of the first run
+folder. Runs that differ in nothing but seeds become one line with a band from their lowest to their highest.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from recipe.asyppo.report import curves, page, ranges
+from recipe.asyppo.report.runs import Run, bands, differences, load
+
+FEW_STEPS = 20
+"""Below this many steps a verdict is an early one."""
+
+
+def band_name(band: Sequence[Run]) -> str:
+    """Name of the first run of a band, and how many more runs there are."""
+    return band[0].name + (f" and {len(band) - 1} more" if len(band) > 1 else "")
+
+
+def verdict(runs: Sequence[Run]) -> dict[str, Any]:
+    """Every metric of every run that is outside its healthy range."""
+    findings = [finding for run in runs for finding in ranges.judge(run)]
+    summary = f"{len(findings)} metrics are" if len(findings) != 1 else "1 metric is"
+    summary = f"{summary} outside the healthy range (mean over the last quarter of the steps)."
+    if not findings:
+        summary = "Every metric is inside its healthy range (mean over the last quarter of the steps)."
+    if early := [run.name for run in runs if len(run.steps) < FEW_STEPS]:
+        summary += f" Too early to judge what is learned, with fewer than {FEW_STEPS} steps: {', '.join(early)}."
+    return {"summary": summary, "findings": [dataclasses.astuple(finding) for finding in findings]}
+
+
+def write(folders: Sequence[Path], out: Path) -> None:
+    """Write the page and the plots.
+
+    Raises:
+        ValueError: if a run has no metrics.
+    """
+    runs = [load(folder) for folder in folders]
+    of_bands = bands(runs)
+    sections = curves.sections(of_bands)
+    names = [band_name(band) for band in of_bands]
+    data = {
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "runs": [{"name": run.name, "steps": len(run.steps)} for run in runs],
+        "bands": names,
+        "verdict": verdict(runs),
+        "settings": [[key, *values] for key, values in differences(runs)],
+        "sections": {title: [plot.as_json() for plot in plots] for title, plots in sections.items()},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for title, plots in sections.items():
+        curves.draw(plots, names, out / f"{title.lower()}.png", columns=2)
+    # In one move: a browser that reloads meanwhile finds the old page or the new one.
+    unfinished = out / "index.html.unfinished"
+    unfinished.write_text(page.render(data), encoding="utf-8")
+    unfinished.replace(out / "index.html")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m recipe.asyppo.report")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a .jsonl of verl's file logger"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report/ in the first run folder")
+    options = parser.parse_args(arguments)
+    first = options.runs[0]
+    out = options.out or (first if first.is_dir() else first.parent) / "report"
+    try:
+        write(options.runs, out)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"wrote {out / 'index.html'} and a PNG for each of its sections")
+
+
+if __name__ == "__main__":
+    main()
