@@ -16,7 +16,7 @@ STEPS_WITHOUT_UPDATE = 3
 
 
 def check_rollouts(keys: Sequence[str], step: int) -> None:
-    """Raises ValueError if no rollout gave a row."""
+    """Raise ValueError if no rollout gave a row."""
     if not keys:
         raise ValueError(
             f"step {step} has no response at all: every rollout failed. The log says why; look at the agent loop, the reward "
@@ -25,7 +25,7 @@ def check_rollouts(keys: Sequence[str], step: int) -> None:
 
 
 def check_responses(is_response_N: Tensor, step: int) -> None:
-    """Raises ValueError if no row has a response token."""
+    """Raise ValueError if no row has a response token."""
     if not is_response_N.any():
         raise ValueError(
             f"step {step} has no response token to train on: every response is empty or masked. Look at the stop tokens, "
@@ -34,7 +34,7 @@ def check_responses(is_response_N: Tensor, step: int) -> None:
 
 
 def check_values(values_MN: Tensor, step: int) -> None:
-    """Raises ValueError if a mini-critic gave a value that is not finite."""
+    """Raise ValueError if a mini-critic gave a value that is not finite."""
     for index, values_N in enumerate(values_MN):
         if not torch.isfinite(values_N).all():
             raise ValueError(
@@ -44,7 +44,7 @@ def check_values(values_MN: Tensor, step: int) -> None:
 
 
 def check_returns(returns_N: Tensor, is_response_N: Tensor, keys: Sequence[str], offsets: Tensor, step: int) -> None:
-    """Raises ValueError if a return is not finite: as the values are, the rewards cannot be.
+    """Raise ValueError if a return is not finite: as the values are, the rewards cannot be.
 
     Args:
         returns_N, is_response_N: over the response positions of all rows.
@@ -61,7 +61,7 @@ def check_returns(returns_N: Tensor, is_response_N: Tensor, keys: Sequence[str],
 
 
 def check_updates(index: int, idle: int, step: int) -> None:
-    """Raises ValueError if a mini-critic's updates were all skipped for some steps in a row.
+    """Raise ValueError if a mini-critic's updates were all skipped for some steps in a row.
 
     Args:
         index: of the critic.

@@ -12,10 +12,10 @@ from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 EVALUATION_FIELDS = ["input_ids", "position_ids", "loss_mask"]
-"""What a value model needs to evaluate a row; the loss mask has the length of the response."""
+"""Fields with which a value model evaluates a row; the loss mask has the length of the response."""
 
 TRAINING_FIELDS = [*EVALUATION_FIELDS, "prompts", "responses", "response_mask", "returns"]
-"""What verl's value loss needs besides the values before the update."""
+"""Fields of verl's value loss besides the values before the update."""
 
 KEEP_ENTROPY = "asyppo_keep_entropy"
 """Field with the tokens whose entropy earns the bonus, True = used."""
@@ -34,26 +34,26 @@ class Responses:
         return self.fields[field]
 
     def padded(self, field_N: Tensor) -> Tensor:
-        """A vector as a (B, T) tensor, zero behind the end of each row."""
-        # Without this bound torch makes every row as long as the whole batch.
+        """Turn a vector into a (B, T) tensor, zero behind the end of each row."""
+        # Without this bound torch makes every row as long as all rows together.
         longest = int(self.offsets.diff().max())
         nested_BT = torch.nested.nested_tensor_from_jagged(field_N, self.offsets, max_seqlen=longest)
         return nested_BT.to_padded_tensor(0)
 
     def joined(self, field_BT: Tensor) -> Tensor:
-        """The inverse of :meth:`padded`."""
+        """Invert :meth:`padded`."""
         is_inside_BT = torch.arange(field_BT.shape[1]) < self.offsets.diff()[:, None]
         return field_BT[is_inside_BT]
 
 
 def session_of(key: str) -> tuple[str, str]:
-    """(group id, session id) of a row key ``{group}_{session}_{output}``."""
+    """Split off (group id, session id) of a row key ``{group}_{session}_{output}``."""
     group, session, _output = key.rsplit("_", 2)
     return group, session
 
 
 def response_keys(batch: KVBatchMeta) -> list[str]:
-    """Keys of the rows that are not padding, in batch order."""
+    """List the keys of the rows that are not padding, in batch order."""
     return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
 
 
@@ -92,7 +92,7 @@ def fetch(batch: KVBatchMeta, *fields: str) -> Responses:
 
 
 def read(batch: KVBatchMeta, fields: list[str]) -> dict[str, Tensor]:
-    """Vectors of further fields on response positions, rows in the order of their keys.
+    """Fetch further fields on response positions as vectors, rows in the order of their keys.
 
     Raises:
         ValueError: if the batch has no such field, naming those that it has.
@@ -113,7 +113,7 @@ def store(batch: KVBatchMeta, responses: Responses, **fields_N: Tensor) -> list[
 
 
 def select(batch: KVBatchMeta, keys: list[str], fields: list[str], **extra_info: object) -> KVBatchMeta:
-    """Some rows and fields of the batch, with batch-level settings for the worker that receives them."""
+    """Take some rows and fields of the batch, with batch-level settings for the worker that receives them."""
     # Without the rows' tags, which no worker reads and verl would copy one by one.
     return KVBatchMeta(
         keys=list(keys), tags=[{}] * len(keys), partition_id=batch.partition_id, fields=fields, extra_info=extra_info

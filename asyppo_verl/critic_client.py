@@ -1,4 +1,4 @@
-"""The driver's calls to the mini-critics: which rows and fields each gets, on which ranks, and what it answers.
+"""The driver's calls to the mini-critics: rows, fields and ranks of each, and its answer.
 
 Every call is started and finished apart, so that critics with GPUs of their own can work while the actor does.
 """
@@ -118,7 +118,7 @@ class CriticClient:
         return {**metrics, **reduce_metrics(shared)}
 
     def _skipped(self, index: int, grad_norms: list[float], step: int) -> int:
-        """How many updates verl skipped because the gradient was not finite."""
+        """Count the updates that verl skipped because the gradient was not finite."""
         skipped = sum(not math.isfinite(norm) for norm in grad_norms)
         idle = self._steps_without_update[index] + 1 if skipped == len(grad_norms) else 0
         self._steps_without_update[index] = idle
@@ -148,7 +148,7 @@ class CriticClient:
         self._updates[index] = self._groups[index].train_mini_batch(call)
 
     def _verls_order(self, batch: KVBatchMeta, mini_batch: int, actor_ranks: int) -> list[str]:
-        """All rows in the order in which verl cuts them into the steps of its one critic."""
+        """Put all rows in the order in which verl cuts them into the steps of its one critic."""
         if self._ranks == actor_ranks:
             return batch.keys
         # The steps of a critic on the actor's ranks, if their number divides a step.
@@ -156,7 +156,7 @@ class CriticClient:
         return mini_batches.rank_major(self._dealt(batch, steps))
 
     def _dealt(self, batch: KVBatchMeta, steps: list[list[str]]) -> list[list[list[str]]]:
-        """The keys of every step, dealt to the critics' ranks so that these share the work of each step evenly."""
+        """Deal the keys of every step to the critics' ranks so that these share the work of each step evenly."""
         rows = [batch, self._fillers] if self._fillers is not None else [batch]
         length_of = {key: tag["seq_len"] for one in rows for key, tag in zip(one.keys, one.tags, strict=True)}
         parts = []

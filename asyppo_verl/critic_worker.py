@@ -29,13 +29,13 @@ CRITIC_ID = "asyppo_critic_id"
 """Batch-level field: the mini-critic that a training call is for."""
 
 RESPONSES = "asyppo_responses"
-"""Batch-level field of a training call: how many rows of every step and rank are responses, before fillers; or None."""
+"""Batch-level field of a training call: numbers of rows per step and rank that are responses, before fillers; or None."""
 
 MESH = "train"
 """verl's name for the data-parallel layout of a critic's ranks."""
 
 VALUE_PREFIX = "asyppo_values_"
-"""How the names of the fields with the single critics' values begin."""
+"""Prefix of the fields with the single critics' values."""
 
 
 def value_field(index: int) -> str:
@@ -45,7 +45,7 @@ def value_field(index: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MiniCriticSpec:
-    """How one mini-critic is built."""
+    """Settings of one mini-critic's worker."""
 
     worker: TrainingWorkerConfig
     """Model, engine, optimizer and checkpoint settings, as verl's critic has them."""
@@ -146,7 +146,7 @@ class MiniCritic(TrainingWorker):
             self._step_sizes = None
 
     def train_batch(self, data: TensorDict) -> TensorDict | None:
-        """One optimizer step; the seq-mean modes divide by its responses."""
+        """Make one optimizer step, of which the seq-mean modes divide by the number of responses."""
         if self._step_sizes is not None:
             tu.assign_non_tensor_data(data, "global_batch_size", next(self._step_sizes))
         return super().train_batch(data)
@@ -215,7 +215,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
 
     @register(dispatch_mode=_TRAIN, blocking=False)
     def infer_batch(self, data: TensorDict) -> TensorDict | None:
-        """Every critic of this rank evaluates the whole batch.
+        """Let every critic of this rank evaluate the batch.
 
         Returns:
             A field per critic (:func:`value_field`), jagged (B, T) on response positions; None on ranks that verl does not
@@ -270,7 +270,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
 def _join_share(rank: int, world_size: int, shares: int) -> int:
     """Make the process group of this rank's share torch's default, so that FSDP never looks beyond it.
 
-    The shares meet at the address that verl gives the whole worker group.
+    The shares meet at the address that verl gives the worker group.
 
     Returns:
         The index of the share.

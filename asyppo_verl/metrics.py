@@ -66,7 +66,7 @@ def quantiles(score_N: Tensor, is_response_N: Tensor, levels: tuple[float, ...])
 def ensemble_metrics(
     values_MN: Tensor, value_N: Tensor, sigma_N: Tensor, returns_N: Tensor, is_response_N: Tensor
 ) -> dict:
-    """Diagnostics of the critics over the whole batch, keyed by metric name; empty for a batch without response tokens."""
+    """Diagnostics of the critics over the batch, keyed by metric name; empty for a batch without response tokens."""
     if not bool(is_response_N.any()):
         return {}
     num_critics = len(values_MN)

@@ -2,7 +2,7 @@
 
 A shard is cut into as many optimizer steps as every other critic makes, of sizes as even as can be; no response is dropped
 or used twice. verl wants as many rows of every rank in every step: padding rows, without response tokens, fill the gaps.
-Which responses an optimizer step sees does not depend on the number of ranks.
+The number of ranks does not change the responses of a step.
 """
 
 import itertools
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def incomplete_groups(sessions: Iterable[tuple[str, str]], responses_per_prompt: int) -> int:
-    """How many groups have fewer sessions than asked for; ``sessions`` are (group id, session id), repeats allowed."""
+    """Count the groups that have fewer sessions than asked for; ``sessions`` are (group id, session id), repeats allowed."""
     found: dict[str, set[str]] = {}
     for group, session in sessions:
         found.setdefault(group, set()).add(session)
@@ -21,7 +21,7 @@ def incomplete_groups(sessions: Iterable[tuple[str, str]], responses_per_prompt:
 
 
 def step_count(rows: int, mini_batch: int, shard_sizes: Iterable[int]) -> int:
-    """Optimizer steps of every critic in one pass over its shard, so that none goes without a response.
+    """Count the optimizer steps of every critic in one pass over its shard, so that none goes without a response.
 
     Args:
         rows: of the batch, a multiple of ``mini_batch``.
@@ -38,12 +38,12 @@ def cut(rows: Sequence[T], steps: int) -> list[Sequence[T]]:
 
 
 def rows_per_rank(steps: Sequence[Sequence[T]], ranks: int, multiple: int = 1) -> int:
-    """Rows that every rank needs in every step to take the longest one: a multiple of its micro-batch."""
+    """Count the rows that every rank needs in every step to take the longest one: a multiple of its micro-batch."""
     return -(-max(map(len, steps)) // (ranks * multiple)) * multiple
 
 
 def mini_batches(rows: Sequence[T], mini_batch: int, *, ranks: int = 1) -> list[list[T]]:
-    """What verl trains on together: each rank has an equal run of the rows, and gives an equal run of that to every step."""
+    """Cut rows as verl does: each rank has an equal run of the rows, and gives an equal run of that to every step."""
     share, part = len(rows) // ranks, mini_batch // ranks
     assert share * ranks == len(rows) and part * ranks == mini_batch and share % part == 0
     return [
@@ -53,5 +53,5 @@ def mini_batches(rows: Sequence[T], mini_batch: int, *, ranks: int = 1) -> list[
 
 
 def rank_major(parts: Sequence[Sequence[Sequence[T]]]) -> list[T]:
-    """The order of rows that :func:`mini_batches` cuts into given ones; ``parts[i][r]`` is what rank r has of the i-th."""
+    """Put rows in the order that :func:`mini_batches` cuts into given ones; ``parts[i][r]`` is what rank r has of the i-th."""
     return [row for of_rank in zip(*parts, strict=True) for part in of_rank for row in part]

@@ -7,14 +7,14 @@ import wrapt
 from torch import Tensor, nn
 
 HEADS = ("score", "classifier", "v_head.summary")
-"""Where transformers' token classifiers and TRL's value models have their value head."""
+"""Places of the value head in transformers' token classifiers and TRL's value models."""
 
 
 class Float32Linear(nn.Linear):
     """A linear layer that multiplies in float32, whatever the precision of what it is given."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Float32, also under autocast: in bf16 values near 0.6 differ in steps of 0.004, and sigma is full of ties."""
+        """Multiply in float32, also under autocast: in bf16 values near 0.6 differ in steps of 0.004, and sigma ties."""
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return nn.functional.linear(hidden.float(), self.weight.float(), bias)
