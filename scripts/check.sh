@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
-# Everything that CI checks: style, format, types, then all tests.
+# Everything that CI checks: style, format and types (.pre-commit-config.yaml), then all tests. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy
+PRE_COMMIT_HOME=$PWD/.venv/pre-commit .venv/bin/pre-commit run --all-files
 bash scripts/test.sh "$@"

@@ -27,6 +27,7 @@ def make_evaluation(folder: Path, right: dict[str, list[int]], k: int = 4, **set
         for j in range(k)
     ]
     folder.mkdir(parents=True)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     table = {"target": str(folder), "settings": {"k": str(k), **settings}, **results.evaluate(samples)}
     (folder / "results.json").write_text(json.dumps(table))
     return folder
@@ -112,17 +113,40 @@ def test_the_sign_and_the_interval_of_a_difference(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("right", "settings"),
+    ("right", "settings", "reason"),
     [
-        ({"sums": [1, 2, 3]}, {"temperature": "1"}),  # a problem more
-        ({"sums": [1, 2]}, {"temperature": "0.6"}),  # sampled in another way
-        ({"products": [1, 2]}, {"temperature": "1"}),  # another benchmark
+        ({"sums": [1, 2, 3]}, {"temperature": "1"}, "1 problems of sums are in one of them only"),
+        ({"sums": [1, 2]}, {"temperature": "0.6"}, "temperature is 0.6, not 1"),
+        ({"products": [1, 2]}, {"temperature": "1"}, "only one of them has sums, only one of them has products"),
     ],
 )
-def test_there_is_no_difference_between_what_cannot_be_compared(tmp_path, right, settings):
+def test_there_is_no_difference_between_what_cannot_be_compared(tmp_path, right, settings, reason):
     base = make_evaluation(tmp_path / "base", {"sums": [1, 2]}, temperature="1")
     other = make_evaluation(tmp_path / "other", right, **settings)
-    assert compare.compare([base, other])[1]["difference"] == {}
+    runs = compare.compare([base, other])
+    assert runs[1]["difference"] == {}
+    assert f"\n* other: no difference to base: {reason}" in compare.markdown(runs)
+
+
+def test_a_run_without_an_evaluation_has_no_difference_and_says_so(tmp_path):
+    run = make_run(tmp_path / "run", [step(1, 0)], algorithm={"adv_estimator": "asyppo"})
+    model = make_evaluation(tmp_path / "model", {"sums": [1]})
+    assert "* model: no difference to run: one of them has no evaluation" in compare.markdown(
+        compare.compare([run, model])
+    )
+
+
+def test_the_average_that_is_missing_has_a_reason(tmp_path):
+    base = make_evaluation(tmp_path / "base", {"sums": [1, 2]}, temperature="1")
+    mixed = make_evaluation(tmp_path / "mixed", {"sums": [1, 2]}, temperature="1.0")
+    other = make_evaluation(tmp_path / "other", {"products": [1]}, k=2)
+    tables = [json.loads((path / "results.json").read_text()) for path in (mixed, other)]
+    samples = [sample for path in (mixed, other) for sample in results.read_lines(path / "samples.jsonl")]
+    (mixed / "results.json").write_text(json.dumps(tables[0] | results.evaluate(samples)))
+    table = compare.markdown(compare.compare([base, mixed]))
+    assert "* mixed: no average of avg@k and maj@k: k differs (products 2, sums 4)" in table
+    assert "* mixed: no difference to base: only one of them has products" in table
+    assert "| mixed | +0.0 [+0.0, +0.0] |" in table
 
 
 def test_only_common_benchmarks_enter_the_average_difference(tmp_path):

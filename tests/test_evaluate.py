@@ -33,6 +33,9 @@ def test_problems_are_counted_before_ray_starts(toy, tmp_path):
     pd.DataFrame({"prompt": ["1+1="]}).to_parquet(tmp_path / "bare.parquet")
     with pytest.raises(ValueError, match="no column data_source"):
         count_problems(settings(files=f"[{tmp_path}/bare.parquet]"))
+    (tmp_path / "empty.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty.parquet cannot be read as parquet"):
+        count_problems(settings(files=f"[{tmp_path}/empty.parquet]"))
     with pytest.raises(ValueError, match="set REWARD"):
         count_problems(settings(files=files, reward=tmp_path / "reward.py"))
 

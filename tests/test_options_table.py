@@ -15,7 +15,7 @@ STATES = {"works", "refused", "noticed", "unproven"}
 def rows(root) -> dict[str, tuple[str, str]]:
     """Option -> (state, how we know)."""
     found = {}
-    for line in (root / "docs/options.md").read_text().splitlines():
+    for line in (root / "docs/options.md").read_text().split("## verl's")[1].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| `"):
             assert len(cells) == 3, line

@@ -11,7 +11,8 @@ from problem_files import HUB, write_sets
 
 from recipe.asyppo.data.decontamination import Fingerprint, Index, is_near
 from recipe.asyppo.data.prepare_data import main
-from recipe.asyppo.data.problem_sets import PROBLEM_SETS, Sources, read_answer, read_question
+from recipe.asyppo.data.problem_sets import PROBLEM_SETS, Sources
+from recipe.asyppo.data.rows import read_answer, read_question
 from recipe.asyppo.reward.math_reward import compute_score
 
 EVALUATION = ["aime24", "aime25", "math500", "olympiadbench", "minerva", "amc23"]
@@ -82,13 +83,11 @@ def test_every_set_in_every_schema(folder, tmp_path, sets, ending):
     assert [row["reward_model"]["ground_truth"] for row in rows(out, "deepmath")] == [str(k) for k in range(40)]
 
 
-def test_csv(folder, tmp_path):
+def test_csv_is_kept_as_it_is_written(folder, tmp_path):
     source = folder({"aime24": WILD["aime24"], "amc23": WILD["amc23"]}, "csv")
     prepare(tmp_path / "out", "--source", source, "--sets", "aime24", "amc23")
-    assert [rows(tmp_path / "out", name)[0]["reward_model"]["ground_truth"] for name in ("aime24", "amc23")] == [
-        "9",
-        "27",
-    ]
+    answers = [rows(tmp_path / "out", name)[0]["reward_model"]["ground_truth"] for name in ("aime24", "amc23")]
+    assert answers == ["009", "27.0"]
 
 
 def test_verl_reads_all_files_together(folder, tmp_path, toy):
@@ -123,17 +122,6 @@ def test_every_row_is_kept_or_counted(folder, tmp_path):
     }
     assert figures["read"] == 46 == figures["kept"] + sum(figures["dropped"].values())
     assert len(rows(tmp_path / "out", "deepmath")) == figures["kept"] == 30
-
-
-def test_an_answer_without_a_box_in_a_solution_is_none():
-    assert (
-        read_answer({"solution": "We get 5."})
-        == read_answer({"answer": float("nan")})
-        == read_answer({"final_answer": []})
-        == ""
-    )
-    assert read_question({"question": None, "problem": " x "}) == "x"
-    assert read_answer({"final_answer": ["1", "2"]}) == "1, 2"
 
 
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
@@ -199,11 +187,27 @@ def test_sources_that_are_not_there(folder, words, message):
         Sources.parse([word.format(folder=source) for word in words]).find("aime25")
 
 
-def test_a_broken_file_is_named(folder, tmp_path):
-    source = tmp_path / "aime24.jsonl"
-    source.write_text('{"problem": "x", "answer": "1"}\n{"problem": \n')
-    with pytest.raises(ValueError, match=r"aime24.jsonl cannot be read as jsonl"):
-        main(["--source", f"aime24={source}", "--sets", "aime24", "--out", str(tmp_path / "out")])
+def test_a_packed_file_is_named_and_no_other_source_takes_its_place(folder, tmp_path):
+    source = folder({})
+    (tmp_path / "source_jsonl/aime24.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"aime24.jsonl.gz is not one of .parquet, .jsonl, .json, .csv"):
+        main(["--source", source, "hub", "--sets", "aime24", "--out", str(tmp_path / "out")])
+
+
+def test_a_folder_may_hold_other_files_and_capital_letters(folder, tmp_path):
+    source = folder(HUB)
+    (tmp_path / "source_jsonl/aime24.jsonl").rename(tmp_path / "source_jsonl/AIME24.JSONL")
+    (tmp_path / "source_jsonl/aime24.md").write_text("where it is from")
+    assert prepare(tmp_path / "out", "--source", source, "--sets", "aime24")["aime24"]["source"] == "AIME24.JSONL"
+
+
+def test_an_evaluation_set_with_an_unusable_question_still_keeps_the_others_out(folder, tmp_path):
+    chat = {"problem": [{"role": "assistant", "content": "Find it."}], "answer": "1"}
+    same = {"question": HUB["aime24"][0]["problem"], "final_answer": "9"}
+    source = folder(HUB | {"aime24": [chat, *HUB["aime24"]], "deepmath": [same, *HUB["deepmath"]]})
+    summary = prepare(tmp_path / "out", "--source", source)
+    assert summary["deepmath"]["dropped"] == {"same as in aime24": 1}
+    assert summary["aime24"]["dropped"] == {"prompt is not one question of a user": 1}
 
 
 def test_two_files_for_one_set_are_refused(folder, tmp_path):
@@ -223,7 +227,8 @@ def test_the_hub_is_asked_for_a_fixed_revision(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data, source = Sources.parse(["hub"]).load("olympiadbench")
-    assert data.column_names == ["question", "final_answer"] and source == "Hothan/OlympiadBench@91184b5"
+    assert data == [{key: row[key] for key in ("question", "final_answer")} for row in HUB["olympiadbench"]]
+    assert source == "Hothan/OlympiadBench@91184b5"
     assert asked["name"] == "OE_TO_maths_en_COMP" and asked["split"] == "train" and len(asked["revision"]) == 40
 
 
@@ -287,3 +292,5 @@ def test_the_command_shows_progress_and_a_table(folder, tmp_path):
     done = subprocess.run([*command, "--sets", "gsm8k"], capture_output=True, text=True, check=True)
     assert "| gsm8k | gsm8k.jsonl | 1 | 1 |" in done.stdout and "gsm8k: 100%" in done.stderr
     assert (tmp_path / "out/train/gsm8k.parquet").exists() and not list((tmp_path / "out").rglob("*.partial"))
+    failed = subprocess.run([*command, "--source", "nowhere"], capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith("prepare_data: --source nowhere: not `hub`")

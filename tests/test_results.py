@@ -50,6 +50,30 @@ def test_without_an_extracted_answer_there_is_no_vote(tmp_path):
     assert table["notes"] == [results.NO_MAJORITY]
 
 
+def test_a_missing_figure_has_its_own_reason(tmp_path):
+    """Here the samples of a problem differ, there one benchmark's reward gives no answer."""
+
+    def table(*rows: tuple[str, str, int, dict]) -> dict:
+        lines = [
+            json.loads(dumped(f"{name}{p}", i, p, 1.0, acc=1.0, **reward))
+            for name, p, k, reward in rows
+            for i in range(k)
+        ]
+        names = [name for name, _, k, _ in rows for _ in range(k)]
+        lines = [line | {"label": line["label"].replace("sums", name)} for name, line in zip(names, lines, strict=True)]
+        (tmp_path / "0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return results.evaluate(results.read_dump(tmp_path / "0.jsonl"))
+
+    voted = {"pred": "2"}
+    found = table(("sums", "p", 4, voted), ("products", "p", 2, voted))
+    assert found["notes"] == ["no average of avg@k and maj@k: k differs (products 2, sums 4)"]
+    assert sorted(found["average"]) == ["pass@1", "pass@2"]
+    assert found["notes"][0] in results.markdown({"target": "a model", "settings": {}, **found})
+    found = table(("sums", "p", 2, voted), ("products", "p", 2, {}))
+    assert found["notes"] == [f"{results.NO_MAJORITY} (products)"]
+    assert table(("sums", "p", 2, voted), ("products", "p", 2, voted))["notes"] == []
+
+
 def test_a_problem_listed_twice_counts_once(tmp_path):
     """Its samples belong together: four of them, where the others have two."""
     rows = [dumped(uid, i, "p", 1.0) for uid in ("u", "v") for i in range(2)]

@@ -1,4 +1,4 @@
-"""Which problems are the same: exact repeats, and training problems that are also evaluation problems.
+"""Decontamination: exact repeats, and training problems that are also evaluation problems.
 
 Two problems are the same if their words and numbers agree, notation aside, or nearly so: at least half of the runs of six
 words of the shorter one occur in the other, and four fifths of their numbers agree. One long common run, the usual test for
@@ -31,14 +31,14 @@ SAME = {
 
 
 def words(problem: str) -> list[str]:
-    """Lower-case words, numbers and operators of a problem, without LaTeX notation."""
+    """Lower-case words, numbers and operators of a problem, without LaTeX notation; if there is none, all of it."""
     found = WORD.findall(unicodedata.normalize("NFKC", problem).casefold())
-    return [SAME.get(word, word) for word in found if word not in DROPPED]
+    return [SAME.get(word, word) for word in found if word not in DROPPED] or [problem]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is compared of a problem."""
+    """A problem as it is compared."""
 
     text: str
     runs: frozenset[tuple[str, ...]]
@@ -52,7 +52,7 @@ class Fingerprint:
 
 
 def is_near(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two problems differ in wording only; see the module."""
+    """True if two problems differ in wording only; see the module."""
     if len(one.runs & other.runs) < SHARED_RUNS * min(len(one.runs), len(other.runs)):
         return False
     return (one.numbers & other.numbers).total() >= SHARED_NUMBERS * (one.numbers | other.numbers).total()

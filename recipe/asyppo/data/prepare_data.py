@@ -13,17 +13,21 @@ import json
 import os
 import random
 import statistics
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from recipe.asyppo.data.decontamination import Index, words
-from recipe.asyppo.data.problem_sets import PROBLEM_SETS, Sources, read_answer, read_question
+from recipe.asyppo.data.problem_sets import PROBLEM_SETS, Sources
+from recipe.asyppo.data.rows import Row, Unusable, read_answer, read_question
 from recipe.asyppo.reward.math_reward import LONGEST_ANSWER
 
 TEMPLATES = {
@@ -36,21 +40,28 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a question becomes a prompt, and how long a prompt may be; without ``count`` any length will do."""
+    """The template of a prompt, and how long a prompt may be; without ``count`` any length will do."""
 
     template: str
     longest: int
     count: Callable[[Chat], int] | None = None
 
     def make(self, question: str) -> tuple[Chat, int | None]:
-        """The chat, and its length in tokens if they are counted."""
+        """The chat, and its length in tokens if they are counted.
+
+        Raises:
+            Unusable: it is too long.
+        """
         chat = [{"role": "user", "content": self.template.replace("{question}", question)}]
-        return chat, self.count(chat) if self.count else None
+        length = self.count(chat) if self.count else None
+        if length is not None and length > self.longest:
+            raise Unusable(f"prompt longer than {self.longest} tokens")
+        return chat, length
 
 
 @dataclass
 class Prepared:
-    """What became of a set: ``read`` = the kept rows + the sum of ``dropped``."""
+    """A set and its rows: ``read`` = the kept rows + the sum of ``dropped``."""
 
     name: str
     source: str
@@ -93,51 +104,53 @@ def token_counter(tokenizer_path: str) -> Callable[[Chat], int]:
 
 def prepare_set(name: str, sources: Sources, prompts: Prompts, against: Index | None) -> Prepared:
     """Read one set and keep what can be used, in the order of the source; ``against`` holds problems to leave out."""
-    data, source = sources.load(name)
-    done, seen = Prepared(name, source, read=len(data)), set[str]()
-    for index, row in enumerate(tqdm(data, desc=f"{name:>13}", unit=" rows", mininterval=0.5)):
-        question, answer = read_question(row), read_answer(row)
-        if reason := _unusable(question, answer, seen, against):
-            done.dropped[reason] += 1
-            continue
-        prompt, length = prompts.make(question)
-        if length is not None and length > prompts.longest:
-            done.dropped[f"prompt longer than {prompts.longest} tokens"] += 1
+    rows, source = sources.load(name)
+    done, seen = Prepared(name, source, read=len(rows)), set[str]()
+    for index, row in enumerate(tqdm(rows, desc=f"{name:>13}", unit=" rows", mininterval=0.5)):
+        try:
+            question, answer = _problem(row, name, seen, against)
+            prompt, length = prompts.make(question)
+        except Unusable as reason:
+            done.dropped[str(reason)] += 1
             continue
         # The fields are the same in all sets: verl concatenates the files.
+        reward_model = {"style": "rule", "ground_truth": answer}
+        extra = {"split": PROBLEM_SETS[name].part, "index": index, "source": source, "question": question}
         done.rows.append(
             {
                 "data_source": name,
                 "prompt": prompt,
                 "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": answer},
-                "extra_info": {
-                    "split": PROBLEM_SETS[name].part,
-                    "index": index,
-                    "source": source,
-                    "question": question,
-                },
+                "reward_model": reward_model,
+                "extra_info": extra,
             }
         )
         done.lengths.append(length)
     return done
 
 
-def _unusable(question: str, answer: str, seen: set[str], against: Index | None) -> str | None:
-    """Why a problem is left out, or None; adds it to ``seen``."""
-    if not question:
-        return "no question"
-    if not answer:
-        return "no answer"
+def _problem(row: Row, name: str, seen: set[str], against: Index | None) -> tuple[str, str]:
+    """Question and answer of a row; adds the question to ``seen``.
+
+    Raises:
+        Unusable: the reason why it is left out.
+    """
+    question, answer = read_question(row), read_answer(row, needs_marker=name == "gsm8k")
     if len(answer) > LONGEST_ANSWER:
-        return f"answer longer than {LONGEST_ANSWER} characters"
+        raise Unusable(f"answer longer than {LONGEST_ANSWER} characters")
     key = " ".join(words(question))
     if key in seen:
-        return "repeated in the set"
+        raise Unusable("repeated in the set")
     seen.add(key)
     if against and (match := against.find(question)):
-        return f"{match[0]} as in {match[1]}"
-    return None
+        raise Unusable(f"{match[0]} as in {match[1]}")
+    return question, answer
+
+
+def _questions(name: str, sources: Sources) -> Iterator[tuple[str, str]]:
+    for row in sources.load(name)[0]:
+        with suppress(Unusable):
+            yield name, read_question(row)
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
@@ -161,7 +174,7 @@ def write(out: Path, prepared: list[Prepared], settings: dict[str, Any]) -> dict
     for done in prepared:
         target = out / PROBLEM_SETS[done.name].part / f"{done.name}.parquet"
         target.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(done.rows).to_parquet(target.with_suffix(".partial"))
+        pq.write_table(pa.Table.from_pylist(done.rows), target.with_suffix(".partial"))
         targets.append(target)
     summary_path.with_suffix(".partial").write_text(json.dumps(summary, indent=2) + "\n")
     for target in [*targets, summary_path]:
@@ -175,14 +188,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--source", nargs="+", default=["hub"], help="hub, folders with NAME.jsonl/json/parquet/csv, NAME=FILE")
     add("--out", type=Path, default=Path("data/asyppo"), help="gets train/, eval/ and summary.json")
-    add(
-        "--sets",
-        nargs="+",
-        choices=PROBLEM_SETS,
-        default=list(PROBLEM_SETS),
-        metavar="NAME",
-        help=", ".join(PROBLEM_SETS),
-    )
+    names = list(PROBLEM_SETS)
+    add("--sets", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     against = "evaluation sets whose problems are kept out of training"
     add("--against", nargs="*", choices=evaluation, default=evaluation, metavar="NAME", help=against)
     add("--deepmath-sample", type=int, default=5000, help="problems of DeepMath-103K; 0 keeps all")
@@ -208,7 +215,7 @@ def prepare_all(arguments: argparse.Namespace) -> list[Prepared]:
     prompts = Prompts(arguments.template, arguments.max_prompt_length, count)
     training = [name for name in arguments.sets if PROBLEM_SETS[name].part == "train"]
     others = arguments.against if training else []
-    against = Index((name, read_question(row)) for name in others for row in sources.load(name)[0])
+    against = Index(pair for name in others for pair in _questions(name, sources))
     prepared = []
     for name in arguments.sets:
         done = prepare_set(name, sources, prompts, against if name in training else None)
@@ -234,4 +241,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"prepare_data: {error}")

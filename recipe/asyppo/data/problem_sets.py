@@ -1,14 +1,12 @@
-"""The problem sets of the Qwen3 recipe: where they are, which fields are read, and how a row becomes a problem."""
+"""The problem sets of the Qwen3 recipe, and where their rows come from: the hub, or local files."""
 
-import math
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 
-from recipe.asyppo.reward.answer_text import last_boxed
+from recipe.asyppo.data.rows import READERS, Row, read_rows
 
 # Hub, configuration after the colon, fixed revision, and the fields that hold question and answer there.
 TRAIN = """
@@ -55,11 +53,6 @@ PROBLEM_SETS = {
     for row in (ProblemSet(part, *line.split()) for line in table.strip().splitlines()[1:])
 }
 
-# Fields of local files, whichever comes first with something in it. ``solution`` counts for its box only.
-QUESTION_FIELDS = ("question", "problem", "prompt")
-ANSWER_FIELDS = ("final_answer", "ground_truth", "answer", "solution")
-LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-
 
 @dataclass
 class Sources:
@@ -100,55 +93,30 @@ class Sources:
         if name in self.files:
             return self.files[name]
         for folder in self.folders:
-            files = [folder / f"{name}{ending}" for ending in LOADERS if (folder / f"{name}{ending}").is_file()]
+            named = sorted(path for path in folder.iterdir() if path.name.lower().startswith(f"{name}."))
+            files = [path for path in named if path.stem.lower() == name and path.suffix.lower() in READERS]
             if len(files) > 1:
                 raise ValueError(f"--source {folder}: {files[0].name} and {files[1].name} are both {name}; keep one")
-            if files:
-                return files[0]
+            if named:
+                # Without one that can be read, the first says what is in the way.
+                return (files or named)[0]
         if self.hub:
             return None
         looked = ", ".join(str(folder / name) for folder in self.folders) or "no folder"
         raise ValueError(
-            f"no file for {name} ({looked} with {', '.join(LOADERS)}); give {name}=FILE to --source, add `hub` to it, or "
+            f"no file for {name} ({looked} with {', '.join(READERS)}); give {name}=FILE to --source, add `hub` to it, or "
             "leave the set out with --sets and --against"
         )
 
-    def load(self, name: str) -> tuple[datasets.Dataset, str]:
-        """The rows of a set, and in words where they are from."""
+    def load(self, name: str) -> tuple[list[Row], str]:
+        """The rows of a set, and in words where they are from.
+
+        Raises:
+            ValueError: its file cannot be read.
+        """
         row, path = PROBLEM_SETS[name], self.find(name)
-        if path is None:
-            rows = datasets.load_dataset(row.hub, row.config, split=row.split, revision=row.revision)
-            return rows.select_columns([row.question, row.answer]), f"{row.hub}@{row.revision[:7]}"
-        try:
-            rows = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(
-                f"--source: {path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}"
-            ) from error
-        return rows, path.name
-
-
-def read_question(row: Mapping[str, Any]) -> str:
-    """The question of a row; empty if there is none."""
-    return next((text for key in QUESTION_FIELDS if (text := str(row.get(key) or "").strip())), "")
-
-
-def read_answer(row: Mapping[str, Any]) -> str:
-    """The answer of a row as it is written there; empty if there is none."""
-    return next((text for key in ANSWER_FIELDS if (text := _answer(row.get(key), only_box=key == "solution"))), "")
-
-
-def _answer(value: Any, *, only_box: bool) -> str:
-    r"""A field as an answer: a list is joined by commas; in a text what follows ``####``, or else the last box, counts."""
-    if isinstance(value, list):
-        return ", ".join(filter(None, (_answer(item, only_box=only_box) for item in value)))
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    text = str(value).strip()
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    if "\\boxed" in text or only_box:
-        return last_boxed(text) or ""
-    return text
+        if path:
+            return read_rows(path), os.fsencode(path.name).decode(errors="replace")
+        data = datasets.load_dataset(row.hub, row.config, split=row.split, revision=row.revision)
+        rows = data.select_columns([row.question, row.answer]).with_format("arrow")[:].to_pylist()
+        return rows, f"{row.hub}@{row.revision[:7]}"

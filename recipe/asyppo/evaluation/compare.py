@@ -1,7 +1,7 @@
 """Runs side by side: ``python -m recipe.asyppo.evaluation.compare RUN_A RUN_B ... [--json OUT.json] [--curves OUT.png]``.
 
 A run is a run folder (``metrics.jsonl``, ``evaluation/``) or the folder of one evaluation. Prints Markdown; "-" stands
-where a run has no such figure. Differences are taken to the first run.
+where a run has no such figure, and a note says why. Differences are taken to the first run.
 """
 
 import argparse
@@ -98,32 +98,51 @@ def training(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: reduce(values) for name, (reduce, values) in figures.items() if values}
 
 
+def obstacles(run: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> dict[str, str]:
+    """The reasons why two evaluations cannot be compared, by benchmark; under "" what concerns all of them."""
+    if run is None or base is None:
+        return {"": "one of them has no evaluation"}
+    mine, others = ({key: _value(each["settings"].get(key)) for key in SAMPLING} for each in (run, base))
+    if differing := [f"{key} is {mine[key]}, not {others[key]}" for key in SAMPLING if mine[key] != others[key]]:
+        return {"": ", ".join(differing)}
+    found = {}
+    for name in dict.fromkeys([*base["problems"], *run["problems"]]):
+        problems, asked = (each["problems"].get(name, {}).keys() for each in (run, base))
+        if not (problems and asked):
+            found[name] = f"only one of them has {name}"
+        elif problems != asked:
+            found[name] = f"{len(problems ^ asked)} problems of {name} are in one of them only"
+    return found
+
+
+def _value(written: str | None) -> Any:
+    """An override as hydra reads it, so that 1 and 1.0 are the same temperature."""
+    return None if written is None else yaml.safe_load(written)
+
+
 def difference(run: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> dict[str, Any]:
     """avg@k of ``run`` minus that of ``base``, over the same problems: a paired bootstrap.
 
-    Benchmarks whose problems are not exactly the same are left out, and everything if the sampling settings differ. The
-    average is over the benchmarks that remain.
+    Benchmarks with :func:`obstacles` are left out; the average is over those that remain.
     """
-    if run is None or base is None or _sampling(run) != _sampling(base):
+    left_out = obstacles(run, base)
+    if run is None or base is None or "" in left_out:
         return {}
     columns = {}
     for name, problems in run["problems"].items():
-        others = base["problems"].get(name, {})
-        if problems.keys() == others.keys():
-            columns[name] = {
-                "avg": [
-                    right / samples - others[problem][0] / others[problem][1]
-                    for problem, (right, samples) in problems.items()
-                ]
-            }
+        if name in left_out:
+            continue
+        others = base["problems"][name]
+        columns[name] = {
+            "avg": [
+                right / samples - others[problem][0] / others[problem][1]
+                for problem, (right, samples) in problems.items()
+            ]
+        }
     if not columns:
         return {}
     table, average = score.estimate(columns)
     return {name: asdict(entry["avg"]) for name, entry in (table | {"average": average}).items()}
-
-
-def _sampling(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: evaluation["settings"].get(key) for key in SAMPLING}
 
 
 def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -132,12 +151,17 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
     names = [path.resolve().name for path in paths]
     for run, name in zip(runs, names, strict=True):
         run["name"] = name if names.count(name) == 1 else run["path"]
-        run["difference"] = difference(run["evaluation"], runs[0]["evaluation"]) if run is not runs[0] else {}
+        base = runs[0]["evaluation"]
+        run["difference"] = difference(run["evaluation"], base) if run is not runs[0] else {}
+        run["notes"] = results.unequal_k(run["evaluation"]["benchmarks"]) if run["evaluation"] else []
+        if run is not runs[0] and (run["evaluation"] or base):
+            left_out = ", ".join(obstacles(run["evaluation"], base).values())
+            run["notes"] += [f"no difference to {runs[0]['name']}: {left_out}"] if left_out else []
     return runs
 
 
 def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Three tables: training, benchmarks, and differences to the first run; those without any figure are left out."""
+    """Training, benchmarks, and differences to the first run, without empty tables; then why figures are missing."""
     parts = []
     if any(run["training"] for run in runs):
         rows = [[run["name"], run["algorithm"] or "-", *_training_cells(run["training"])] for run in runs]
@@ -154,6 +178,8 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
             for run in runs[1:]
         ]
         parts.append(results.grid([f"minus {runs[0]['name']}, paired", *columns], rows))
+    if notes := [f"* {run['name']}: {note}" for run in runs for note in run["notes"]]:
+        parts.append("\n".join(notes))
     return "\n".join(parts)
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet
 
 from recipe.asyppo.console import run, setting
@@ -29,15 +30,15 @@ SETTINGS = {
 
 
 def read_settings(overrides: list[str]) -> dict[str, str]:
-    """What decides on the figures, from verl's command line."""
+    """The settings that decide on the figures, from verl's command line."""
     return {name: value for name, key in SETTINGS.items() if (value := setting(overrides, key)) is not None}
 
 
 def count_problems(settings: dict[str, str]) -> int:
-    """How many problems verl will read from the files.
+    """Number of problems that verl will read from the files.
 
     Raises:
-        ValueError: if a file is missing or is not in verl's schema.
+        ValueError: if a file is missing, unreadable or not in verl's schema.
     """
     if not Path(settings["reward"]).exists():
         raise ValueError(f"reward.custom_reward_function.path={settings['reward']} does not exist; set REWARD")
@@ -45,7 +46,10 @@ def count_problems(settings: dict[str, str]) -> int:
     for name in filter(None, settings["files"].strip("[]").split(",")):
         if not Path(name).exists():
             raise ValueError(f"data.val_files: {name} does not exist; set VAL_FILES, or DATA_DIR to prepared data")
-        file = pyarrow.parquet.ParquetFile(name)
+        try:
+            file = pyarrow.parquet.ParquetFile(name)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"data.val_files: {name} cannot be read as parquet: {error}") from error
         missing = COLUMNS - set(file.schema_arrow.names)
         if missing:
             raise ValueError(f"data.val_files: {name} has no column {sorted(missing)[0]}, which verl's schema wants")

@@ -13,13 +13,13 @@ LABEL = "label"
 
 
 def problem_id(data_source: str, prompt: list[dict], ground_truth: object) -> str:
-    """Names a problem in the same way in every evaluation, whatever the model, its chat template and the file's order."""
+    """Name a problem in the same way in every evaluation, whatever the model, its chat template and the file's order."""
     text = json.dumps([data_source, prompt, ground_truth], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class LabelledRewardManager(NaiveRewardManager):
-    """Scores exactly as verl does; what the reward function returns goes into one label, next to benchmark and problem.
+    """verl's scores; all that the reward function returns goes into one label, next to benchmark and problem.
 
     A label is a string, since verl spends a bootstrap in pure Python on every numeric entry of its validation.
     """

@@ -16,7 +16,7 @@ NO_MAJORITY = "maj@k is not available: the reward function returns no `pred`, th
 
 
 def write(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+    """Write all of a file or nothing."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
@@ -50,7 +50,7 @@ def read_dump(path: Path) -> list[dict]:
 
 
 def is_right(value: object) -> bool:
-    """Whether a reward says right or wrong.
+    """True for right, False for wrong, as a reward says.
 
     Raises:
         ValueError: if it says something in between.
@@ -105,9 +105,25 @@ def evaluate(samples: Iterable[Mapping[str, Any]], *, seed: int = 0) -> dict:
     return {
         "benchmarks": {name: facts[name] | _plain(table[name]) for name in table},
         "average": _plain(average),
-        "notes": [] if any(key.startswith("maj@") for key in average) else [NO_MAJORITY],
+        "notes": _notes(table),
         "problems": problems,
     }
+
+
+def _notes(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The reasons why figures are missing."""
+    silent = [name for name, entry in table.items() if not any(key.startswith("maj@") for key in entry)]
+    notes = []
+    if silent:
+        notes.append(NO_MAJORITY if len(silent) == len(table) else f"{NO_MAJORITY} ({', '.join(silent)})")
+    return notes + unequal_k(table)
+
+
+def unequal_k(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A note if the benchmarks of an evaluation have no k in common."""
+    k = {name: key.removeprefix("avg@") for name, entry in table.items() for key in entry if key.startswith("avg@")}
+    shown = ", ".join(f"{name} {samples}" for name, samples in k.items())
+    return [f"no average of avg@k and maj@k: k differs ({shown})"] if len(set(k.values())) > 1 else []
 
 
 def _columns(per_problem: list[list[Mapping[str, Any]]]) -> dict[str, list[float]]:

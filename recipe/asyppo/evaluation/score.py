@@ -40,7 +40,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 
 
 def normalise(answer: object) -> str | None:
-    """What two equal answers have in common: no white space, no enclosing dollar signs, no full stop at the end.
+    """An answer as it votes: no white space, no enclosing dollar signs, no full stop at the end.
 
     None, or nothing left: the sample gives no answer.
     """
