@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self, cast
 
 ESTIMATOR = "asyppo"
 """The name in ``algorithm.adv_estimator``."""
@@ -34,13 +34,45 @@ PLACEMENTS = ("colocated", "pool", "split")
 """Where the mini-critics can run, ``asyppo.placement``."""
 
 
+class _Counts:
+    """A node of whole numbers below ``asyppo``."""
+
+    name: ClassVar[str]
+    example: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"asyppo.{self.name}.{key}={value!r} must be a whole number, 0 or more")
+
+    @classmethod
+    def from_node(cls, node: Any) -> Self:
+        """Build from the node as a plain mapping.
+
+        Raises:
+            ValueError: if it is no mapping, on an unknown key, and on bad values.
+        """
+        if not isinstance(node, Mapping):
+            raise ValueError(f"asyppo.{cls.name}={node!r} must be a mapping such as {cls.example}")
+        names = [field.name for field in dataclasses.fields(cast(Any, cls))]
+        for key in node:
+            if key not in names:
+                raise ValueError(
+                    f"asyppo.{cls.name}.{key}={node[key]!r} is not a setting{nearest(key, names)}; "
+                    f"valid keys: {', '.join(names)}"
+                )
+        return cls(**node)
+
+
 @dataclasses.dataclass(frozen=True)
-class CriticPool:
+class CriticPool(_Counts):
     """The GPUs that belong to the mini-critics alone, on top of those of ``trainer``.
 
     Raises:
         ValueError: if a value is not a whole number, or negative.
     """
+
+    name, example = "pool", "{n_gpus_per_node: 4, nnodes: 1}"
 
     n_gpus_per_node: int = 0
     """GPUs per node; 0: there is no such pool."""
@@ -48,32 +80,33 @@ class CriticPool:
     nnodes: int = 1
     """Nodes."""
 
-    def __post_init__(self) -> None:
-        for key, value in dataclasses.asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"asyppo.pool.{key}={value!r} must be a whole number, 0 or more")
-
     @property
     def ranks(self) -> int:
         """GPUs in all."""
         return self.n_gpus_per_node * self.nnodes
 
-    @classmethod
-    def from_node(cls, node: Any) -> "CriticPool":
-        """Build from the ``asyppo.pool`` node as a plain mapping.
 
-        Raises:
-            ValueError: if it is no mapping, on an unknown key, and on bad values.
-        """
-        if not isinstance(node, Mapping):
-            raise ValueError(f"asyppo.pool={node!r} must be a mapping such as {{n_gpus_per_node: 4, nnodes: 1}}")
-        names = [field.name for field in dataclasses.fields(cls)]
-        for key in node:
-            if key not in names:
-                raise ValueError(
-                    f"asyppo.pool.{key}={node[key]!r} is not a setting{nearest(key, names)}; valid keys: {', '.join(names)}"
-                )
-        return cls(**node)
+@dataclasses.dataclass(frozen=True)
+class Inspect(_Counts):
+    """Which steps and prompts are kept token by token, for the token view of a report.
+
+    Raises:
+        ValueError: if a value is not a whole number, or negative.
+    """
+
+    name, example = "inspect", "{every: 50, groups: 2}"
+    folder: ClassVar = "inspect"
+    """Where they are kept, inside ``trainer.default_local_dir``."""
+
+    every: int = 0
+    """Every so many steps; 0: never."""
+
+    groups: int = 2
+    """Prompts of such a step, each with all its responses: a token takes about 30 bytes on disk."""
+
+    def is_due(self, step: int) -> bool:
+        """True for the steps that are kept."""
+        return self.every > 0 and step % self.every == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +148,9 @@ class AsyPPOConfig:
 
     pool: CriticPool = dataclasses.field(default_factory=CriticPool)
     """The critics' own GPUs, for "pool" and "split": ``{n_gpus_per_node: 4, nnodes: 1}``."""
+
+    inspect: Inspect = dataclasses.field(default_factory=Inspect)
+    """Keep some prompts of some steps token by token, for the report: ``{every: 50, groups: 2}``. Off by default (ours)."""
 
     critic_overrides: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Settings of single critics on top of verl's ``critic`` node: ``{1: {model: {path: ...}, optim: {lr: 1e-5}}}``."""
@@ -215,6 +251,8 @@ class AsyPPOConfig:
             node.pop("critic_overrides", None)
         if "pool" in node:
             node["pool"] = CriticPool.from_node(node["pool"])
+        if "inspect" in node:
+            node["inspect"] = Inspect.from_node(node["inspect"])
         return cls(**node)
 
 

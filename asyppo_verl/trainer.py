@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,7 +19,7 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
-from asyppo_verl import asyppo, batch_checks, batch_io, mini_batches, preflight, selection
+from asyppo_verl import asyppo, batch_checks, batch_io, inspection, mini_batches, preflight, selection
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.config import TRAINER_PREFIX
 from asyppo_verl.critic_client import CriticClient
@@ -155,6 +156,10 @@ class AsyPPOMixin(_Base):
             self._has_warned = batch_checks.warn_of_ties(metrics["asyppo/sigma/tied"], self.global_steps)
         if changed:
             batch.fields = batch_io.store(batch, responses, **changed)
+        if self.asyppo.inspect.is_due(self.global_steps):
+            self._inspect(
+                batch, responses, values_MN=values_MN, sigma_N=sigma_N, keep_adv_N=keep_adv_N, keep_ent_N=keep_ent_N
+            )
         return self._for_the_actor(batch)
 
     def _ensemble_value(self, batch: KVBatchMeta) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,6 +185,14 @@ class AsyPPOMixin(_Base):
             "entropy_filter_fraction": self.asyppo.entropy_filter_fraction,
         }
         return selection.select(self._selection, {**given, **fractions}, partial(batch_io.read, batch))
+
+    def _inspect(self, batch: KVBatchMeta, responses: batch_io.Responses, **vectors: Tensor) -> None:
+        """Keep a few groups for the report's token view."""
+        folder = Path(self.config.trainer.default_local_dir, self.asyppo.inspect.folder)
+        groups = self.asyppo.inspect.groups
+        inspection.write(
+            folder, self.global_steps, batch, self.tokenizer, groups=groups, responses=responses, **vectors
+        )
 
     def _critic_target(self, batch: KVBatchMeta, value_N: Tensor) -> Tensor:
         """The lambda-return of the mean value with the critics' own lambda, by verl's GAE."""

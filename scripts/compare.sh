@@ -2,7 +2,7 @@
 # Put runs side by side: reward, step time, the critic's share, memory, and benchmarks with the paired difference to the
 # first run. Prints Markdown within seconds; needs no GPU.
 #
-# Usage: bash scripts/compare.sh RUN_A RUN_B ... [--json OUT.json] [--curves OUT.png]
+# Usage: bash scripts/compare.sh RUN_A RUN_B ... [--json OUT.json]
 #   RUN   a run folder, or the folder of an evaluation (scripts/evaluate.sh writes RUN_DIR/evaluation/global_step_N)
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)

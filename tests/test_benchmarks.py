@@ -233,3 +233,10 @@ def test_a_run_leaves_nothing_behind(root, toy):
     assert result["steps"] == 6
     assert result["left"] == {"processes": [], "shared_memory": [], "sockets": [], "temporary_files": []}
     assert {"TaskRunnerV1", "WorkerDict", "SimpleStorageUnit", "open files"} <= result["growth_per_100_steps"].keys()
+
+
+def test_a_kept_step_is_timed_and_counted(root):
+    options = ["--prompts", "4", "--length", "64", "--repeats", "2", "--step-seconds", "10"]
+    result = last_line(root, "benchmarks/inspection.py", *options)
+    assert result["tokens"] == 2 * 16 * 64
+    assert result["share"] == pytest.approx(result["seconds"] / 10, abs=1e-4)

@@ -185,11 +185,10 @@ def test_a_folder_without_figures_is_refused(tmp_path):
 
 def test_the_command_prints_and_writes(root, tmp_path):
     run = make_run(tmp_path / "run", [step(10, 0.5), step(8, 0.75)], algorithm={"adv_estimator": "grpo"})
-    out, curves = tmp_path / "out.json", tmp_path / "out.png"
-    command = ["bash", str(root / "scripts/compare.sh"), str(run), "--json", str(out), "--curves", str(curves)]
+    out = tmp_path / "out.json"
+    command = ["bash", str(root / "scripts/compare.sh"), str(run), "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "| run | grpo | 2 | 0.500 | 0.750 | 9.00 |" in done.stdout
     assert json.loads(out.read_text())[0]["training"]["reward_end"] == 0.75
-    assert curves.read_bytes().startswith(b"\x89PNG")
     failed = subprocess.run([*command[:2], str(tmp_path / "nothing")], capture_output=True, text=True)
     assert failed.returncode == 1 and "nothing holds neither" in failed.stderr

@@ -2,10 +2,16 @@
 
 import json
 import math
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 import yaml
 
@@ -226,3 +232,143 @@ def test_a_long_run_gives_a_small_page_that_hides_no_outlier(tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         f"{title.lower()}.png" for title in ("Learning", "Critics", "Selections", "Cost")
     }
+
+
+def test_watching_rewrites_the_page_while_a_run_goes_on(tmp_path, opened):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    command = [sys.executable, "-m", "recipe.asyppo.report", str(folder), "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert "holds no metrics.jsonl" in watching.stdout.readline()
+        for steps in (3, 5):
+            shutil.rmtree(folder / "hydra", ignore_errors=True)
+            write_run(folder, steps=steps)
+            assert "wrote" in watching.stdout.readline()
+            assert f"run ({steps} steps)" in opened(folder / "report/index.html").locator("#runs").inner_text()
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait() == 0
+    page = (folder / "report/index.html").read_text()
+    assert '"live":false' in page
+
+
+# -- token view --------------------------------------------------------------------------------------------------------
+
+
+def keep_tokens(run: Path, step: int, texts: list[list[str]], **changed) -> pandas.DataFrame:
+    """What a run with two critics keeps of a step: one prompt, a response a text; numbers tell token and response apart."""
+    rows = []
+    for response, tokens in enumerate(texts):
+        count, place = len(tokens), np.arange(len(tokens))
+        row = {
+            "step": step,
+            "group": "g",
+            "response": f"{response}_0",
+            "prompt": "What is 1 + 1?",
+            "score": float(response % 2),
+            "token_id": place,
+            "token": tokens,
+            "reward": np.zeros(count, np.float32),
+            "is_response": np.ones(count, bool),
+            "value_0": (0.1 + response + place / 100).astype(np.float32),
+            "value_1": (0.3 + response + place / 50).astype(np.float32),
+            "sigma": (0.1 + place / 200).astype(np.float32),
+            "advantage": np.where(place % 2, 1.5, -0.5).astype(np.float32),
+            "advantage_after_mask": np.where(place == 0, 0, np.where(place % 2, 1.5, -0.5)).astype(np.float32),
+            "masked": place == 0,
+            "filtered": place == count - 1,
+            "entropy": np.full(count, 0.25, np.float32),
+        }
+        rows.append(row | {key: value(count) for key, value in changed.items()})
+    table = pandas.DataFrame(rows)
+    (run / "checkpoints/inspect").mkdir(parents=True, exist_ok=True)
+    table.to_parquet(run / f"checkpoints/inspect/step_{step:06d}.parquet")
+    return table
+
+
+def test_tokens_with_values_and_filters(tmp_path, opened):
+    run = write_run(tmp_path / "run")
+    keep_tokens(run, 10, [["old"]])
+    keep_tokens(run, 20, [["So", " 1", "+", "1", " is", " 2"], [" two", "\n", "!"], ["so", "so", "so"]])
+    main([str(run)])
+    page = opened(run / "report/index.html")
+    cards = page.locator(".response")
+    assert cards.locator("h3").all_inner_texts() == [
+        "Response 0_0 · reward 0 · 6 tokens",
+        "Response 1_0 · reward 1 · 3 tokens",
+        "Response 2_0 · reward 0 · 3 tokens",
+    ]
+    text = cards.nth(0).locator(".text")
+    assert text.text_content() == "So 1+1 is 2"
+    assert cards.nth(1).locator(".text").text_content() == " two\n!"
+    data = page.evaluate("tokenCharts[0].data")
+    assert data == [[1, 2, 3, 4, 5, 6], [0.1, 0.11, 0.12, 0.13, 0.14, 0.15], [0.3, 0.32, 0.34, 0.36, 0.38, 0.4]]
+
+    text.locator("span").nth(3).hover()
+    shown = cards.nth(0).locator(".numbers").inner_text().split()
+    expected = "token 4 1 critic 0 0.13 critic 1 0.36 sigma 0.115 advantage 1.5 after the mask 1.5 entropy 0.25"
+    assert shown == expected.split()
+    assert cards.nth(0).locator(".u-legend .u-value").all_inner_texts() == ["4", "0.13", "0.36"]
+    text.locator("span").nth(0).hover()
+    assert "advantage -0.5 after the mask 0 entropy 0.25 masked" in " ".join(
+        cards.nth(0).locator(".numbers").inner_text().split()
+    )
+    plot = cards.nth(0).locator(".u-over").bounding_box()
+    page.mouse.move(plot["x"] + plot["width"] - 1, plot["y"] + 20)
+    assert text.locator(".at").text_content() == " 2"
+
+    page.locator("[name=masked]").check()
+    page.locator("[name=filtered]").check()
+    bright = cards.nth(0).locator(".text span:not(.faded)")
+    assert bright.all_text_contents() == ["So", " 2"]
+    page.locator("[name=responses]").select_option("right")
+    assert cards.count() == 1 and "1_0" in cards.nth(0).inner_text()
+    page.locator("[name=step]").select_option("1")
+    assert cards.count() == 0 and page.locator(".prompt").text_content() == "What is 1 + 1?"
+
+
+def test_lists_are_means_over_everything_that_was_kept(tmp_path, opened):
+    run = write_run(tmp_path / "run")
+    keep_tokens(run, 5, [["a", "b", "a"], ["a", "b", "b"], ["", "", "c"]])
+    main([str(run)])
+    page = opened(run / "report/index.html")
+    cards = page.locator(".lists .card")
+    found = {card.locator("h3").inner_text(): card.locator("td").all_text_contents() for card in cards.all()[1:]}
+    # Sigma by place: 0.1, 0.105, 0.11; |advantage|: 0.5, 1.5, 0.5. "c" is seen once, "" is a later byte.
+    assert found["Highest mean sigma"] == ["b", "0.1067", "3", "a", "0.1033", "3"]
+    assert found["Lowest mean sigma"] == ["a", "0.1033", "3", "b", "0.1067", "3"]
+    assert found["Highest mean |advantage|"] == ["b", "1.167", "3", "a", "0.5", "3"]
+    tenths = page.evaluate("tokenCharts.at(-1).data")
+    assert tenths[0] == list(range(1, 11)) and tenths[1][0] == 0.5 and tenths[1][4] == 1.5
+
+
+def test_any_text_is_shown_as_it_is_and_never_run(tmp_path, opened):
+    run = write_run(tmp_path / "run")
+    hostile = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", HOSTILE, "\x00"]
+    rtl = ["الجواب", " هو", " ٣٦", " = ", "שלום", "\u202e", "👩🏽‍🔬", "", "答案"]
+    keep_tokens(run, 5, [hostile, rtl], prompt=lambda count: HOSTILE)
+    main([str(run)])
+    page = opened(run / "report/index.html")
+    texts = page.locator(".response .text")
+    shown = "".join(hostile).replace("\u202e", "⟨202e⟩").replace("\x00", "⟨0000⟩")
+    assert texts.nth(0).text_content() == shown
+    assert texts.nth(1).text_content() == "".join(rtl).replace("\u202e", "⟨202e⟩")
+    assert page.locator(".prompt").text_content() == HOSTILE.replace("\u202e", "⟨202e⟩")
+    assert page.locator("script").count() == 3 and page.locator("img").count() == 0
+    first, last = (texts.nth(1).locator("span").nth(i).bounding_box() for i in (0, 2))
+    assert first["x"] > last["x"], "read from the right to the left"
+
+
+def test_ten_thousand_tokens_are_shown_and_the_page_stays_small(tmp_path, opened):
+    run = write_run(tmp_path / "run")
+    rng = random.Random(0)
+    texts = [[chr(rng.randrange(0x4E00, 0x9FFF)) * rng.randrange(1, 4) for _ in range(10_000)] for _ in range(8)]
+    keep_tokens(run, 5, texts)
+    main([str(run)])
+    assert (run / "report/index.html").stat().st_size < 3_000_000
+    page = opened(run / "report/index.html", 360)
+    shown = page.locator(".response").count()
+    assert 2 <= shown < 8 and f"{8 - shown} more responses" in page.locator("#tokens").inner_text()
+    assert page.locator(".response .text").nth(0).text_content() == "".join(texts[0])
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.locator(".response .text span").nth(9_999).hover()
+    assert "token 10000" in page.locator(".numbers").nth(0).inner_text()

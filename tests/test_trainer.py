@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import ray
 import torch
@@ -22,9 +23,11 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from asyppo_verl import batch_io
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage
 from asyppo_verl.critic_worker import CRITIC_ID, RESPONSES, value_field
+from asyppo_verl.inspection import decoder, token_texts
 from asyppo_verl.mini_batches import mini_batches
 from asyppo_verl.preflight import prepare
 from asyppo_verl.trainer import AsyPPOTrainerSync
+from recipe.asyppo.toy.make_toy import build_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -270,6 +273,50 @@ def answers_too_little(is_response_N):
 def own_rules(tmp_path, monkeypatch):
     (tmp_path / "own_rules.py").write_text(OWN_RULES)
     monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_due_step_keeps_whole_groups_token_by_token(compose, clean, tmp_path):
+    batch = put_rows(RAGGED)
+    values = force_values(batch, 2)
+    lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+    entropy = {key: torch.rand(length) for key, length in lengths.items()}
+    nested = torch.nested.as_nested_tensor([entropy[key] for key in batch.keys], layout=torch.jagged)
+    tq.kv_batch_put(
+        keys=batch.keys, partition_id="train", fields=TensorDict({"entropy": nested}, batch_size=len(batch))
+    )
+    options = ["+asyppo.inspect.every=2", f"trainer.default_local_dir={tmp_path}"]
+    trainer = trainer_for(compose, *options)
+    trainer.tokenizer = build_tokenizer()
+    step(trainer, batch, values)
+    assert not list(tmp_path.iterdir()), "step 1 is not due"
+    trainer.global_steps = 2
+    batch, _ = step(trainer, batch, values)
+
+    rows = pandas.read_parquet(tmp_path / "inspect/step_000002.parquet")
+    keys = [f"{row.group}_{row.response}" for row in rows.itertuples()]
+    assert keys == sorted(key for key in entropy if key[:2] in ("aa", "bb")), "two groups, all their rows, no padding"
+    of = {field: stored(batch, field) for field in ("prompts", "responses", "response_mask", "rm_scores", "advantages")}
+    for key, row in zip(keys, rows.itertuples(), strict=True):
+        _, sigma = ensemble_value(torch.stack(values[key]))
+        expected = {
+            "token_id": of["responses"][key],
+            "reward": of["rm_scores"][key],
+            "value_0": values[key][0],
+            "value_1": values[key][1],
+            "sigma": sigma,
+            "entropy": entropy[key],
+            "is_response": of["response_mask"][key].bool(),
+            "advantage_after_mask": of["advantages"][key],
+        }
+        for column, tensor in expected.items():
+            assert torch.equal(torch.tensor(getattr(row, column)), tensor), column
+        masked, after = torch.tensor(row.masked), of["advantages"][key]
+        assert torch.equal(torch.where(masked, 0, torch.tensor(row.advantage)), after)
+        assert not (masked | torch.tensor(row.filtered))[~expected["is_response"]].any()
+        assert row.step == 2 and row.score == expected["reward"].sum()
+        assert len(row.token) == lengths[key]
+        assert row.prompt == "".join(token_texts(of["prompts"][key], decoder(trainer.tokenizer)))
+    assert rows.masked.map(sum).sum() and rows.filtered.map(sum).sum()
 
 
 def test_a_masking_rule_of_ones_own_is_one_function_and_one_line(compose, clean, own_rules):

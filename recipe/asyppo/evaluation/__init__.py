@@ -1,1 +1,1 @@
-"""From rollouts of a model to accuracies, comparisons and plots."""
+"""From rollouts of a model to accuracies and comparisons."""

@@ -1,4 +1,4 @@
-"""Runs side by side: ``python -m recipe.asyppo.evaluation.compare RUN_A RUN_B ... [--json OUT.json] [--curves OUT.png]``.
+"""Runs side by side: ``python -m recipe.asyppo.evaluation.compare RUN_A RUN_B ... [--json OUT.json]``.
 
 A run is a run folder (``metrics.jsonl``, ``evaluation/``) or the folder of one evaluation. Prints Markdown; "-" stands
 where a run has no such figure, and a note says why. Differences are taken to the first run.
@@ -204,7 +204,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--json", type=Path, help="write every figure, in full precision")
-    parser.add_argument("--curves", type=Path, metavar="PNG", help="plot the training curves as well")
     arguments = parser.parse_args()
     try:
         runs = compare(arguments.runs)
@@ -213,10 +212,6 @@ def main() -> None:
     print(markdown(runs))
     if arguments.json:
         results.write(arguments.json, json.dumps(runs, indent=1))
-    if arguments.curves:
-        from recipe.asyppo.evaluation.plot import plot
-
-        plot([path for path in arguments.runs if (path / "metrics.jsonl").exists()], arguments.curves)
 
 
 if __name__ == "__main__":

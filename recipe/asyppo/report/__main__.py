@@ -5,13 +5,15 @@ folder. Runs that differ in nothing but seeds become one line with a band from t
 """
 
 import argparse
+import contextlib
 import dataclasses
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from recipe.asyppo.report import curves, page, ranges
+from recipe.asyppo.report import curves, page, ranges, tokens
 from recipe.asyppo.report.runs import Run, bands, differences, load
 
 FEW_STEPS = 20
@@ -35,8 +37,8 @@ def verdict(runs: Sequence[Run]) -> dict[str, Any]:
     return {"summary": summary, "findings": [dataclasses.astuple(finding) for finding in findings]}
 
 
-def write(folders: Sequence[Path], out: Path) -> None:
-    """Write the page and the plots.
+def write(folders: Sequence[Path], out: Path, *, live: bool = False) -> None:
+    """Write the page and the plots; a ``live`` page loads itself anew twice a minute.
 
     Raises:
         ValueError: if a run has no metrics.
@@ -47,11 +49,13 @@ def write(folders: Sequence[Path], out: Path) -> None:
     names = [band_name(band) for band in of_bands]
     data = {
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "live": live,
         "runs": [{"name": run.name, "steps": len(run.steps)} for run in runs],
         "bands": names,
         "verdict": verdict(runs),
         "settings": [[key, *values] for key, values in differences(runs)],
         "sections": {title: [plot.as_json() for plot in plots] for title, plots in sections.items()},
+        "tokens": tokens.view(runs),
     }
     out.mkdir(parents=True, exist_ok=True)
     for title, plots in sections.items():
@@ -62,16 +66,36 @@ def write(folders: Sequence[Path], out: Path) -> None:
     unfinished.replace(out / "index.html")
 
 
+def watch(folders: Sequence[Path], out: Path, *, seconds: float = 10) -> None:
+    """Write a page that loads itself anew whenever a run has gone on, until interrupted; runs without a step are waited for."""
+    files = [folder / "metrics.jsonl" if folder.is_dir() else folder for folder in folders]
+    seen = None
+    while True:
+        now = [file.stat().st_size if file.exists() else 0 for file in files]
+        if now != seen:
+            try:
+                write(folders, out, live=True)
+                print(f"{datetime.now():%H:%M:%S} wrote {out / 'index.html'}", flush=True)
+            except ValueError as error:
+                print(f"waiting: {error}", flush=True)
+            seen = now
+        time.sleep(seconds)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m recipe.asyppo.report")
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a .jsonl of verl's file logger"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report/ in the first run folder")
+    parser.add_argument("--watch", action="store_true", help="write anew whenever a run has gone on, until interrupted")
     options = parser.parse_args(arguments)
     first = options.runs[0]
     out = options.out or (first if first.is_dir() else first.parent) / "report"
     try:
+        with contextlib.suppress(KeyboardInterrupt):
+            if options.watch:
+                watch(options.runs, out)
         write(options.runs, out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error

@@ -42,7 +42,8 @@ class Run:
         """Equal for runs that differ in nothing but seeds; a run of unknown settings equals itself alone."""
         if self.settings is None:
             return (str(self.folder.resolve()), self.name)
-        return tuple(sorted((key, repr(value)) for key, value in self.settings.items() if not is_seed(key)))
+        settings = {key: repr(value) for key, value in self.settings.items() if not is_seed(key) and key not in PLACES}
+        return tuple(sorted(settings.items()))
 
 
 def is_seed(key: str) -> bool:
@@ -83,11 +84,10 @@ def load(path: Path) -> Run:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The configuration that hydra kept in a run folder, flat, without the settings that only name places."""
+    """The configuration that hydra kept in a run folder, flat; None where it kept none."""
     for file in (folder / "hydra/.hydra/config.yaml", folder / ".hydra/config.yaml"):
         if file.exists():
-            flat = flatten(yaml.safe_load(file.read_text()))
-            return {key: value for key, value in flat.items() if key not in PLACES}
+            return flatten(yaml.safe_load(file.read_text()))
     return None
 
 
@@ -114,7 +114,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Settings that differ between the runs, with the value of each; "-" where a run has no such setting."""
     known = [run.settings for run in runs if run.settings is not None]
     rows = []
-    for key in sorted({key for settings in known for key in settings}):
+    for key in sorted({key for settings in known for key in settings} - PLACES):
         if len({repr(settings.get(key, "-")) for settings in known}) > 1:
             rows.append((key, ["unknown" if run.settings is None else str(run.settings.get(key, "-")) for run in runs]))
     return rows
