@@ -437,7 +437,9 @@ def test_law_7_the_actors_batch_is_verls_for_every_group_size(compose, clean, n,
     overrides += ["+asyppo.adv_mask_fraction=0", "+asyppo.entropy_filter_fraction=0", "critic.ppo_mini_batch_size=2"]
     trainer = trainer_for(compose, *overrides)
     batch = put_rows({f"{prompt:032x}": [1] * n for prompt in range(8)})
-    theirs = PPOTrainerSync._balance_batch(trainer, KVBatchMeta("train", batch.keys, batch.tags), {})
+    theirs = PPOTrainerSync._balance_batch(
+        trainer, KVBatchMeta(partition_id="train", keys=batch.keys, tags=batch.tags), {}
+    )
     real, values = set(batch.keys), force_values(batch, 1)
     equal = {key: one * num_critics for key, one in values.items()}
     batch, _ = step(trainer, batch, equal)
