@@ -89,7 +89,7 @@ class AsyPPOMixin(_Base):
     def _shards(self, batch: KVBatchMeta) -> list[list[str]]:
         """Keys of the responses that each mini-critic trains on, in batch order."""
         keys = batch_io.response_keys(batch)
-        if self.asyppo.num_shards == 1:
+        if self.asyppo.shard == "none" or self.asyppo.num_critics == 1:
             return [keys] * self.asyppo.num_critics
         rows = [batch_io.session_of(key) for key in keys]
         owners = asyppo.assign_shards(rows, num_critics=self.asyppo.num_critics, shard=self.asyppo.shard)

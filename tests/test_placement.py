@@ -29,11 +29,11 @@ REFUSED = [
     (f"{SPLIT} +asyppo.pool.n_gpus_per_node=1", ["the 1 GPUs", "2 GPUs would do"]),
     (
         f"{POOL} +asyppo.pool.n_gpus_per_node=6",
-        ["32 responses", "2 shards x 6 data-parallel ranks", "multiple of 12", "1, 2, 4 or 8 GPUs"],
+        ["32 responses", "6 data-parallel ranks", "multiple of 6", "1, 2, 4 or 8 GPUs"],
     ),
     (
         f"{SPLIT} +asyppo.pool.n_gpus_per_node=6",
-        ["2 shards x 3 data-parallel ranks", "multiple of 6", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
+        ["3 data-parallel ranks", "multiple of 3", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
     ),
     (
         f"{SPLIT} +asyppo.pool.n_gpus_per_node=4 critic.fsdp.ulysses_sequence_parallel_size=4",

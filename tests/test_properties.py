@@ -20,6 +20,7 @@ from asyppo_verl.critic_client import CriticClient
 from asyppo_verl.critic_worker import CRITIC_ID, RESPONSES, ShuffledResponses
 from asyppo_verl.order_statistics import count_of
 
+critics = st.integers(1, 8)
 ranks = st.integers(1, 8)
 # Sessions of each group and the lengths of their responses: up to 11 sessions, so often fewer than critics.
 groups = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=11), min_size=1, max_size=9)
