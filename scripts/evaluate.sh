@@ -13,7 +13,7 @@
 #   K=4 TEMPERATURE=0.6 TOP_P=0.95 MAX_PROMPT=1024 MAX_RESPONSE=8192   sampling
 #   NNODES=1 N_GPUS=8 ROLLOUT_TP=1 GPU_MEMORY_UTILIZATION=0.6          hardware
 #   OUT=...               where to write; on several nodes on storage that all of them see
-#   VERBOSE=1             show the whole log
+#   VERBOSE=1             show the complete log
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 TARGET=${1:?usage: bash scripts/evaluate.sh CHECKPOINT_OR_MODEL [any verl override]}

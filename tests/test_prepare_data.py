@@ -177,7 +177,7 @@ def test_a_failure_writes_nothing(folder, tmp_path):
     ("words", "message"),
     [
         (["nowhere"], "--source nowhere: not `hub`, not a folder"),
-        (["aime24=nowhere"], "--source aime24=nowhere"),
+        (["aime24=nowhere"], "--source aime24=nowhere: there is no file nowhere"),
         (["{folder}"], "no file for aime25 .*--sets and --against"),
     ],
 )

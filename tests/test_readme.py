@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from asyppo_verl.config import AsyPPOConfig
 
@@ -109,7 +110,9 @@ def test_every_script_is_valid_and_in_the_readme_or_the_tree(root):
 
 def test_the_picture_is_drawn_by_its_script(root, tmp_path):
     subprocess.run([sys.executable, str(root / "docs/method.py"), str(tmp_path / "method.png")], check=True)
-    assert (tmp_path / "method.png").read_bytes() == (root / "docs/method.png").read_bytes()
+    drawn, kept = (imread(folder / "method.png") for folder in (tmp_path, root / "docs"))
+    # Arithmetic differs from processor to processor by less than a line is wide.
+    assert drawn.shape == kept.shape and abs(drawn - kept).mean() < 1e-3
 
 
 def test_the_rule_of_the_page_is_a_selection(root):

@@ -14,8 +14,9 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from matplotlib import image
 
-from recipe.asyppo.report import curves, ranges, runs
+from recipe.asyppo.report import curves, pictures, ranges, runs, verdict
 from recipe.asyppo.report.__main__ import main
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\u2028\u202e&lt;"
@@ -49,16 +50,8 @@ def write_run(folder: Path, *, steps: int = 24, seed: int = 1, settings: dict | 
 @pytest.fixture(scope="module")
 def browser():
     """A real Chromium; the page may ask for nothing beyond itself."""
-    from playwright.sync_api import sync_playwright
-
-    program = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-    assert program, "these tests open the report in a browser: apt-get install chromium"
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    quiet += ["--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=quiet)
+    with pictures.chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -107,12 +100,13 @@ def test_a_resumed_run_has_its_earlier_steps_and_a_cut_line_is_left_out(tmp_path
     folder = write_run(tmp_path / "run", steps=6)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.history.jsonl").write_text("".join(lines[:4]))
-    again = json.dumps({"step": 4, "data": {"critic/score/mean": 9.0, "asyppo/explained_var": None}}) + "\n"
+    data = {"critic/score/mean": 9.0, "asyppo/explained_var": None, "text": "x", "table": [1]}
+    again = json.dumps({"step": 4, "data": data}) + "\n"
     (folder / "metrics.jsonl").write_text(again + lines[4] + lines[5][:20])
     run = runs.load(folder)
     assert run.steps == [1, 2, 3, 4, 5]
     assert run.metrics["critic/score/mean"] == pytest.approx([0.411, 0.421, 0.431, 9.0, 0.451])
-    assert run.not_finite == {"asyppo/explained_var": [4]}
+    assert run.not_finite == {"asyppo/explained_var": [4]} and not {"text", "table"} & run.metrics.keys()
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"holds no metrics.jsonl; give a run folder"):
         runs.load(folder)
@@ -137,8 +131,8 @@ def test_a_resumed_run_has_its_earlier_steps_and_a_cut_line_is_left_out(tmp_path
     ],
 )
 def test_the_verdict_names_what_is_outside_its_range_and_nothing_else(tmp_path, key, value, said):
-    assert ranges.judge(runs.load(write_run(tmp_path / "healthy"))) == []
-    findings = ranges.judge(runs.load(write_run(tmp_path / "ill", **{key: value})))
+    assert verdict.judge(runs.load(write_run(tmp_path / "healthy"))) == []
+    findings = verdict.judge(runs.load(write_run(tmp_path / "ill", **{key: value})))
     also = {"asyppo/sigma/p90"} if key == "asyppo/sigma/p50" else set()  # it is measured by the median
     assert {finding.metric for finding in findings} == {key} | also
     assert findings[0].value == said and findings[0].advice
@@ -147,10 +141,10 @@ def test_the_verdict_names_what_is_outside_its_range_and_nothing_else(tmp_path, 
 def test_a_limit_from_the_settings_is_the_run_s_own_and_one_critic_has_no_disagreement(tmp_path):
     masks_none = {"asyppo": {"adv_mask_fraction": 0.0}}
     run = write_run(tmp_path / "none", settings=masks_none, **{"asyppo/adv_masked_fraction": lambda step: 0.0})
-    assert ranges.judge(runs.load(run)) == []
+    assert verdict.judge(runs.load(run)) == []
     equal = {"asyppo/sigma/p50": lambda step: 0.0, "asyppo/sigma/p90": lambda step: 0.0}
     alone = write_run(tmp_path / "alone", settings={"asyppo": {"num_critics": 1}}, **equal)
-    assert ranges.judge(runs.load(alone)) == []
+    assert verdict.judge(runs.load(alone)) == []
 
 
 def test_the_documented_ranges_are_those_of_the_verdict(root):
@@ -199,9 +193,9 @@ def test_curves_and_numbers_are_those_of_the_log(report, opened):
 
 def test_verdict_and_settings_are_shown_as_text(report, opened):
     page = opened(report)
-    verdict = page.locator("#verdict")
-    assert "1 metric is outside" in verdict.inner_text()
-    cells = verdict.locator("td").all_text_contents()
+    shown = page.locator("#verdict")
+    assert "1 metric is outside" in shown.inner_text()
+    cells = shown.locator("td").all_text_contents()
     assert cells[1:3] == ["asyppo/explained_var", "-0.5"] and cells[3].startswith("above 0")
     rows = page.locator("#settings tr").all()
     assert rows[1].locator("td").all_text_contents() == ["data.seed", "1", "2", "1"]
@@ -345,7 +339,9 @@ def test_any_text_is_shown_as_it_is_and_never_run(tmp_path, opened):
     run = write_run(tmp_path / "run")
     hostile = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", HOSTILE, "\x00"]
     rtl = ["الجواب", " هو", " ٣٦", " = ", "שלום", "\u202e", "👩🏽‍🔬", "", "答案"]
-    keep_tokens(run, 5, [hostile, rtl], prompt=lambda count: HOSTILE)
+    table = keep_tokens(run, 5, [hostile, rtl], prompt=lambda count: HOSTILE)
+    # verl computes no entropy with rollout_correction.bypass_mode.
+    table.drop(columns="entropy").to_parquet(run / "checkpoints/inspect/step_000005.parquet")
     main([str(run)])
     page = opened(run / "report/index.html")
     texts = page.locator(".response .text")
@@ -356,6 +352,8 @@ def test_any_text_is_shown_as_it_is_and_never_run(tmp_path, opened):
     assert page.locator("script").count() == 3 and page.locator("img").count() == 0
     first, last = (texts.nth(1).locator("span").nth(i).bounding_box() for i in (0, 2))
     assert first["x"] > last["x"], "read from the right to the left"
+    assert "entropy" not in page.locator(".numbers").nth(0).inner_text()
+    page.locator("[name=colour]").select_option("entropy")
 
 
 def test_ten_thousand_tokens_are_shown_and_the_page_stays_small(tmp_path, opened):
@@ -372,3 +370,14 @@ def test_ten_thousand_tokens_are_shown_and_the_page_stays_small(tmp_path, opened
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.locator(".response .text span").nth(9_999).hover()
     assert "token 10000" in page.locator(".numbers").nth(0).inner_text()
+
+
+def test_the_pictures_of_the_docs_are_made_from_a_run(tmp_path):
+    run = write_run(tmp_path / "run")
+    keep_tokens(run, 5, [["so", " 2"], ["no"]])
+    command = [sys.executable, "-m", "recipe.asyppo.report.pictures", str(run), "--out", str(tmp_path / "docs")]
+    subprocess.run(command, check=True, capture_output=True)
+    curve, view = (tmp_path / "docs" / name for name in ("asyppo_cpu.png", "token_view.png"))
+    for picture in (curve, view):
+        height, width, _ = image.imread(picture).shape
+        assert width > 900 and height > 300

@@ -27,6 +27,7 @@ from asyppo_verl.inspection import decoder, token_texts
 from asyppo_verl.mini_batches import mini_batches
 from asyppo_verl.preflight import prepare
 from asyppo_verl.trainer import AsyPPOTrainerSync
+from recipe.asyppo import one_page
 from recipe.asyppo.toy.make_toy import build_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -85,7 +86,7 @@ class ForcedCritics:
         return SimpleNamespace(get=lambda: {"metrics": metrics})
 
 
-def put_rows(sessions: dict[str, list[int]], seed: int = 0) -> KVBatchMeta:
+def put_rows(sessions: dict[str, list[int]], seed: int = 0, observations: float = 0.2) -> KVBatchMeta:
     """Write rows to TransferQueue. ``sessions``: group id -> outputs of each of its sessions (0: it has none)."""
     generator = torch.Generator().manual_seed(seed)
     keys, rows, tags = [], [], []
@@ -93,7 +94,7 @@ def put_rows(sessions: dict[str, list[int]], seed: int = 0) -> KVBatchMeta:
         for session, count in enumerate(outputs):
             for output in range(count):
                 prompt, response = (int(torch.randint(3, 9, (), generator=generator)) for _ in range(2))
-                mask = (torch.rand(response, generator=generator) < 0.8).long()  # 0: an observation token
+                mask = (torch.rand(response, generator=generator) < 1 - observations).long()  # 0: an observation token
                 mask[-1] = 1
                 ids = torch.randint(0, 250, (prompt + response,), generator=generator)
                 reward = torch.zeros(response)
@@ -594,3 +595,38 @@ def test_padded_rows_are_as_long_as_the_longest():
     expected = torch.tensor([[1.0, 2, 3, 0], [0, 0, 0, 0], [4, 5, 6, 7]])
     assert torch.equal(responses.padded(field_N), expected)
     assert torch.equal(responses.joined(expected), field_N)
+
+
+@pytest.mark.parametrize(("num_critics", "lam", "critic_lam"), [(1, 1.0, 1.0), (2, 1.0, 1.0), (3, 0.95, 0.9)])
+def test_the_one_page_method_is_the_trainers(compose, clean, num_critics, lam, critic_lam):
+    """Same rewards and values: selections equal to the bit, advantages and targets but for the order of sums."""
+    trainer = trainer_for(
+        compose,
+        f"+asyppo.num_critics={num_critics}",
+        f"+asyppo.critic_lam={critic_lam}",
+        f"algorithm.lam={lam}",
+        "actor_rollout_ref.actor.entropy_coeff=0.01",
+    )
+    batch = put_rows({f"g{index}": [1, 1, 1, 1] for index in range(6)}, observations=0)
+    forced = force_values(batch, num_critics)
+    batch, metrics = step(trainer, batch, forced)
+    keys = sorted(forced)
+    lengths = [len(forced[key][0]) for key in keys]
+
+    def padded(rows: dict) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([rows[key] for key in keys], batch_first=True).float()
+
+    is_response = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    values_MBT = torch.stack([padded({key: forced[key][m] for key in keys}) for m in range(num_critics)])
+    run = one_page.Settings(num_critics=num_critics, lam=lam, critic_lam=critic_lam)
+    advantages, returns, keep_entropy, ours = one_page.credit(
+        run, padded(stored(batch, "rm_scores")), values_MBT, is_response
+    )
+    theirs = padded(stored(batch, "advantages"))
+    torch.testing.assert_close(advantages * is_response, theirs, rtol=2e-5, atol=1e-6)
+    assert torch.equal((advantages == 0) & is_response, (theirs == 0) & is_response)
+    torch.testing.assert_close(returns * is_response, padded(stored(batch, "returns")), rtol=2e-5, atol=1e-6)
+    assert torch.equal(keep_entropy & is_response, padded(stored(batch, batch_io.KEEP_ENTROPY)).bool())
+    assert num_critics == 1 or not (advantages != 0)[is_response].all()
+    for key, value in ours.items():
+        assert value == pytest.approx(metrics[key], rel=1e-5), key

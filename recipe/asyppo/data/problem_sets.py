@@ -56,7 +56,7 @@ PROBLEM_SETS = {
 
 @dataclass
 class Sources:
-    """Where to read sets from: files named on their own, then folders with a file per set, then the hub."""
+    """Sources of the sets, in this order: files named on their own, folders with a file per set, the hub."""
 
     files: dict[str, Path] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
@@ -78,6 +78,8 @@ class Sources:
                 found.files[name] = Path(file)
             elif Path(word).is_dir():
                 found.folders.append(Path(word))
+            elif name in PROBLEM_SETS and file:
+                raise ValueError(f"--source {word}: there is no file {file}")
             else:
                 raise ValueError(
                     f"--source {word}: not `hub`, not a folder, and not NAME=FILE of {', '.join(PROBLEM_SETS)}"

@@ -109,7 +109,7 @@ def evaluate(target: str, out: Path | None, overrides: list[str], *, verbose: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write; default: evaluation/ in the run folder")
-    parser.add_argument("--verbose", action="store_true", help="show the whole log")
+    parser.add_argument("--verbose", action="store_true", help="show the complete log")
     parser.add_argument("target", help="Hugging Face folder or hub name, checkpoint folder, or run folder")
     parser.add_argument("overrides", nargs="*", help="verl overrides, which decide on data, sampling and hardware")
     arguments = parser.parse_args()

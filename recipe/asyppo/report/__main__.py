@@ -6,35 +6,19 @@ folder. Runs that differ in nothing but seeds become one line with a band from t
 
 import argparse
 import contextlib
-import dataclasses
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from recipe.asyppo.report import curves, page, ranges, tokens
+from recipe.asyppo.report import curves, page, tokens
 from recipe.asyppo.report.runs import Run, bands, differences, load
-
-FEW_STEPS = 20
-"""Below this many steps a verdict is an early one."""
+from recipe.asyppo.report.verdict import verdict
 
 
 def band_name(band: Sequence[Run]) -> str:
     """Name of the first run of a band, and how many more runs there are."""
     return band[0].name + (f" and {len(band) - 1} more" if len(band) > 1 else "")
-
-
-def verdict(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every metric of every run that is outside its healthy range."""
-    findings = [finding for run in runs for finding in ranges.judge(run)]
-    summary = f"{len(findings)} metrics are" if len(findings) != 1 else "1 metric is"
-    summary = f"{summary} outside the healthy range (mean over the last quarter of the steps)."
-    if not findings:
-        summary = "Every metric is inside its healthy range (mean over the last quarter of the steps)."
-    if early := [run.name for run in runs if len(run.steps) < FEW_STEPS]:
-        summary += f" Too early to judge what is learned, with fewer than {FEW_STEPS} steps: {', '.join(early)}."
-    return {"summary": summary, "findings": [dataclasses.astuple(finding) for finding in findings]}
 
 
 def write(folders: Sequence[Path], out: Path, *, live: bool = False) -> None:
@@ -66,7 +50,7 @@ def write(folders: Sequence[Path], out: Path, *, live: bool = False) -> None:
     unfinished.replace(out / "index.html")
 
 
-def watch(folders: Sequence[Path], out: Path, *, seconds: float = 10) -> None:
+def watch(folders: Sequence[Path], out: Path, *, seconds: float = 5) -> None:
     """Write a page that loads itself anew whenever a run has gone on, until interrupted; runs without a step are waited for."""
     files = [folder / "metrics.jsonl" if folder.is_dir() else folder for folder in folders]
     seen = None

@@ -207,13 +207,10 @@ function drawResponse(parent, step, response) {
   add(head, "span", `reward ${format(response.score)}`, isRight ? "healthy" : "value");
   head.append(` · ${response.tokens.length} tokens`);
   const text = add(card, "div", "", "text"), numbers = add(card, "div", "", "numbers");
-  text.dir = "auto";
   const spans = response.tokens.map((token, i) => {
-    const flags = response.flags[i], span = add(text, "span", visible(token));
-    span.classList.toggle("masked", flags & MASKED);
-    span.classList.toggle("filtered", flags & FILTERED);
-    span.classList.toggle("observation", flags & OBSERVATION);
-    span.classList.toggle("faded", !isChosen(step, response, i));
+    const flags = response.flags[i], isFaded = !isChosen(step, response, i);
+    const span = add(text, "span", visible(token), [[flags & MASKED, "masked"], [flags & FILTERED, "filtered"],
+      [flags & OBSERVATION, "observation"], [isFaded, "faded"]].filter(([on]) => on).map(([, name]) => name).join(" "));
     span.style.background = background(step, response, i);
     return span;
   });
@@ -260,8 +257,7 @@ function drawTokens() {
   document.getElementById("lists").replaceChildren();
   document.querySelector(".key").style.background = `linear-gradient(to right, ${chosen.colour === "advantage" || chosen.colour === "after" ? "var(--down), transparent, var(--up)" : "transparent, var(--hot)"})`;
   const group = step.groups[Math.min(chosen.group, step.groups.length - 1)];
-  const prompt = add(parent, "div", visible(group.prompt), "card text prompt");
-  prompt.dir = "auto";
+  add(parent, "div", visible(group.prompt), "card text prompt");
   const grid = add(parent, "div", "", "grid responses");
   group.responses.filter(response => chosen.responses === "all" || (chosen.responses === "right") === (response.score > 0))
     .forEach(response => drawResponse(grid, step, response));

@@ -4,13 +4,6 @@
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-from asyppo_verl.config import AsyPPOConfig
-from recipe.asyppo.report.runs import Run
 
 START = "its start"
 """Reference of a limit: the mean over the first quarter of the steps."""
@@ -54,6 +47,12 @@ def _words(limit: Limit) -> str:
     return name if factor == 1 else f"{factor:g} x {name}"
 
 
+LEARN_MORE = (
+    "train the critics longer before the actor (trainer.critic_warmup), more often on the same responses "
+    "(critic.ppo_epochs=4), with a higher critic.optim.lr, or take a larger critic"
+)
+DIFFER = "the critics are equal: give each its own head (asyppo.head_seed) and shard (asyppo.shard=group)"
+
 METRICS = [
     Metric(
         "asyppo/critic_<m>/vf_loss",
@@ -87,8 +86,7 @@ METRICS = [
         "1 - Var[return - value] / Var[return] over the whole batch, its own shard and the others'",
         low=0,
         note="rises; above 0.3 is useful",
-        advice="train the critics longer before the actor (trainer.critic_warmup), more often on the same responses "
-        "(critic.ppo_epochs=4), with a higher critic.optim.lr, or take a larger critic",
+        advice=LEARN_MORE,
     ),
     Metric("asyppo/critic_<m>/responses", "responses it trains on in this step", note="about 1/M of the batch"),
     Metric(
@@ -96,18 +94,18 @@ METRICS = [
         "the same for the mean value",
         low=0,
         note="at least the average of the single critics",
-        advice="as for the single critics",
+        advice=LEARN_MORE,
     ),
     Metric(
         "asyppo/sigma/mean",
         "mean over response tokens of the standard deviation across critics",
         low=0,
         note="falls as the critics learn",
-        advice="the critics are equal: give each its own head (asyppo.head_seed) and shard (asyppo.shard=group)",
+        advice=DIFFER,
         of_several=True,
     ),
-    Metric("asyppo/sigma/p10", "its 10 % quantile", low=0, advice="as for the mean", of_several=True),
-    Metric("asyppo/sigma/p50", "its median", low=0, advice="as for the mean", of_several=True),
+    Metric("asyppo/sigma/p10", "its 10 % quantile", low=0, advice=DIFFER, of_several=True),
+    Metric("asyppo/sigma/p50", "its median", low=0, advice=DIFFER, of_several=True),
     Metric(
         "asyppo/sigma/p90",
         "its 90 % quantile",
@@ -147,7 +145,7 @@ METRICS = [
         low=(0.9, "asyppo.adv_mask_fraction"),
         high=(1, "asyppo.adv_mask_fraction"),
         note="0 if the critics are equal",
-        advice="the critics are equal, see sigma",
+        advice=DIFFER,
         of_several=True,
     ),
     Metric(
@@ -156,7 +154,7 @@ METRICS = [
         low=(0.9, "asyppo.entropy_filter_fraction"),
         high=(1, "asyppo.entropy_filter_fraction"),
         note="0 if the critics are equal",
-        advice="the critics are equal, see sigma",
+        advice=DIFFER,
         of_several=True,
     ),
     Metric(
@@ -218,72 +216,6 @@ METRICS = [
         advice="raise data.max_response_length",
     ),
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """A metric of a run outside its healthy range."""
-
-    run: str
-    metric: str
-    value: str
-    healthy: str
-    advice: str
-
-
-def judge(run: Run) -> list[Finding]:
-    """Every metric whose mean over the last quarter of the steps lies outside its range, or that was ever not finite."""
-    settings = _settings(run)
-    findings = []
-    for metric, key in _logged(run, settings):
-        value = _mean(run.metrics[key], last=True)
-        if steps := run.not_finite.get(key):
-            shown = ", ".join(map(str, steps[:5])) + (" ..." if len(steps) > 5 else "")
-            findings.append(Finding(run.name, key, f"not finite in step {shown}", metric.healthy, metric.advice))
-        elif not _is_inside(value, metric, key, run, settings):
-            findings.append(Finding(run.name, key, f"{value:.4g}", metric.healthy, metric.advice))
-    return findings
-
-
-def _logged(run: Run, settings: Mapping[str, Any]) -> Iterator[tuple[Metric, str]]:
-    """The rows that say something about a run, with the keys that it logged."""
-    for metric in METRICS:
-        if metric.of_several and settings["asyppo.num_critics"] == 1:
-            continue
-        pattern = re.escape(metric.key).replace("<m>", r"\d+")
-        yield from ((metric, key) for key in run.metrics if re.fullmatch(pattern, key))
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """The run's settings with the defaults of AsyPPO, which a command line need not name."""
-    defaults = {f"asyppo.{field.name}": field.default for field in dataclasses.fields(AsyPPOConfig)}
-    return defaults | (run.settings or {})
-
-
-def _mean(values: list[float], *, last: bool) -> float:
-    """Mean over the first or the last quarter of the steps that have a value; NaN if none has."""
-    numbers = [value for value in values if math.isfinite(value)]
-    quarter = max(1, len(numbers) // 4)
-    return math.fsum(numbers[-quarter:] if last else numbers[:quarter]) / quarter if numbers else math.nan
-
-
-def _is_inside(value: float, metric: Metric, key: str, run: Run, settings: Mapping[str, Any]) -> bool:
-    def reference(name: str) -> Any:
-        if name == START:
-            return _mean(run.metrics[key], last=False)
-        return _mean(run.metrics[name], last=True) if name in run.metrics else settings.get(name)
-
-    def number(limit: Limit) -> float | None:
-        """None: what the limit refers to is not known of this run."""
-        if not isinstance(limit, tuple):
-            return limit
-        of = reference(limit[1])
-        return limit[0] * of if isinstance(of, (int, float)) else None
-
-    slack = 1e-9 * abs(value)
-    low, high = (None if limit is None else number(limit) for limit in (metric.low, metric.high))
-    is_above = low is None or (value > low if metric.low == 0 else value >= low - slack)
-    return is_above and (high is None or value <= high + slack)
 
 
 def table() -> str:

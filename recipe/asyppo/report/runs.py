@@ -64,23 +64,30 @@ def load(path: Path) -> Run:
         )
     # A resumed run that still goes on has its earlier steps beside the new ones; what was written last counts.
     lines = [*read_metrics(file.with_suffix(".history.jsonl")), *read_metrics(file)]
-    logged = {line["step"]: line["data"] for line in lines}
+    logged = {line["step"]: numbers(line["data"]) for line in lines}
     if not logged:
         raise ValueError(f"{file} holds no step yet")
     steps = sorted(logged)
-    keys = sorted({key for data in logged.values() for key, value in data.items() if not isinstance(value, str)})
-    # verl writes NaN and infinity as null.
-    number = {step: {key: math.nan if v is None else v for key, v in logged[step].items()} for step in steps}
+    keys = sorted({key for data in logged.values() for key in data})
     return Run(
         name=path.name if path.is_dir() else path.stem,
         folder=file.parent,
         steps=steps,
-        metrics={key: [number[step].get(key, math.nan) for step in steps] for key in keys},
+        metrics={key: [logged[step].get(key, math.nan) for step in steps] for key in keys},
         not_finite={
-            key: bad for key in keys if (bad := [s for s in steps if not math.isfinite(number[s].get(key, 0.0))])
+            key: bad for key in keys if (bad := [s for s in steps if not math.isfinite(logged[s].get(key, 0.0))])
         },
         settings=read_settings(file.parent),
     )
+
+
+def numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a logged step; verl's file logger writes NaN and infinity as null."""
+    return {
+        key: math.nan if value is None else float(value)
+        for key, value in data.items()
+        if value is None or isinstance(value, (int, float))
+    }
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """The token view: what a run kept with ``asyppo.inspect.every``, as much of it as a page holds."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from asyppo_verl.config import Inspect
+from recipe.asyppo.report.page import embedded
 from recipe.asyppo.report.runs import Run
 
-ROOM = 1_700_000
-"""Characters of JSON that the responses of a page may take; a token takes about 50."""
+ROOM = 1_900_000
+"""Bytes of JSON that the responses of a page may take; a token takes about 50."""
 
 FEW = 3
 """A text that is a token less often than this is in no list: its mean says little."""
@@ -46,14 +46,14 @@ def kept(run: Run) -> list[Path]:
 
 
 def one_step(run: str, table: pd.DataFrame, room: int) -> tuple[dict[str, Any], int]:
-    """A step as the page shows it, and the characters that it takes; the lists are of everything that was kept."""
+    """A step as the page shows it, and the bytes that it takes; the lists are of everything that was kept."""
     critics = sorted(column for column in table if column.startswith("value_"))
     groups, used = [], 0
     for _, rows in table.groupby("group", sort=False):
         responses = []
         for row in rows.to_dict("records"):
             response = one_response(row, critics)
-            size = len(json.dumps(response, ensure_ascii=False))
+            size = len(embedded(response).encode())
             if used + size <= room:
                 responses.append(response)
                 used += size
