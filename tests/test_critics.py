@@ -150,14 +150,14 @@ def train(
     group: RayWorkerGroup, index: int, data: TensorDict, mini_batch: int | None = None, **settings: object
 ) -> dict:
     call = data.copy()
-    for key, value in {RESPONSES: None, **settings}.items():
-        tu.assign_non_tensor_data(call, key, value)
     size = mini_batch or len(data)
     tu.assign_non_tensor(
         call,
         **{CRITIC_ID: index, "global_batch_size": size, "mini_batch_size": size, "epochs": 1, "seed": 1},
         dataloader_kwargs={"shuffle": False},
     )
+    for key, value in {RESPONSES: None, **settings}.items():
+        tu.assign_non_tensor_data(call, key, value)
     return group.train_mini_batch(call).get()["metrics"]
 
 
