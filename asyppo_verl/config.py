@@ -188,11 +188,6 @@ class AsyPPOConfig:
         self._check_overrides()
 
     @property
-    def num_shards(self) -> int:
-        """Into how many disjoint parts the responses are dealt: M, or 1 where every critic trains on all of them."""
-        return 1 if self.shard == "none" else self.num_critics
-
-    @property
     def critics_are_apart(self) -> bool:
         """True if the critics have GPUs of their own, and so work at the same time as the actor."""
         return self.placement != "colocated"
@@ -292,12 +287,3 @@ def check_known(key: str, value: Any, names: Sequence[str]) -> None:
     """
     if value not in names:
         raise ValueError(f"{key}={value!r} is unknown{nearest(value, names)}; set one of {', '.join(names)}")
-
-
-def shard_mini_batch_size(config: Any, asyppo: AsyPPOConfig) -> int:
-    """Responses in one optimizer step of one mini-critic, over all ranks.
-
-    A critic that trains on 1/M of the batch takes mini-batches of 1/M of ``critic.ppo_mini_batch_size * rollout.n``, so
-    that it makes as many optimizer steps as verl's critic does.
-    """
-    return config.critic.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // asyppo.num_shards

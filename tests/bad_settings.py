@@ -62,7 +62,7 @@ SETTINGS = [
     (f"{OWN}.use_dynamic_bsz=maybe", ["critic_overrides.1.use_dynamic_bsz='maybe'", "True or False"]),
     (
         f"{OWN}.use_dynamic_bsz=False {OWN}.ppo_micro_batch_size_per_gpu=3",
-        ["critic_overrides.1.ppo_micro_batch_size_per_gpu=3", "multiple of 6"],
+        ["critic.forward_micro_batch_size_per_gpu=3", "divisor of 32"],
     ),
     (
         f"{OWN}.use_dynamic_bsz=False",
@@ -115,8 +115,8 @@ SETTINGS = [
         ["critic.ppo_micro_batch_size_per_gpu=-2", "1 or more"],
     ),
     (
-        "critic.use_dynamic_bsz=False critic.ppo_micro_batch_size_per_gpu=3",
-        ["critic.ppo_micro_batch_size_per_gpu=3", "multiple of 6"],
+        "+asyppo.num_critics=1 critic.use_dynamic_bsz=False critic.ppo_micro_batch_size_per_gpu=3",
+        ["critic.ppo_micro_batch_size_per_gpu=3", "multiple of 3"],
     ),
     (
         "critic.use_dynamic_bsz=False critic.ppo_micro_batch_size_per_gpu=4 critic.forward_micro_batch_size_per_gpu=5",
@@ -124,7 +124,7 @@ SETTINGS = [
     ),
     ("critic.ppo_max_token_len_per_gpu=100", ["critic.ppo_max_token_len_per_gpu=100", "raise it to 1024"]),
     ("+critic.ppo_infer_max_token_len_per_gpu=10", ["critic.ppo_infer_max_token_len_per_gpu=10", "raise it to 1024"]),
-    ("critic.ppo_mini_batch_size=7 trainer.n_gpus_per_node=4", ["critic.ppo_mini_batch_size=7", "multiple of 8"]),
+    ("critic.ppo_mini_batch_size=7 trainer.n_gpus_per_node=8", ["critic.ppo_mini_batch_size=7", "multiple of 8"]),
     # what goes together with AsyPPO
     ("trainer.use_v1=False", ["trainer.use_v1=False", "V1 trainer"]),
     ("trainer.v1.trainer_mode=synch", ["trainer.v1.trainer_mode='synch'", "did you mean sync?"]),
@@ -152,11 +152,11 @@ SETTINGS = [
     (f"{SPLIT} +asyppo.pool.n_gpus_per_node=1", ["the 1 GPUs", "2 GPUs would do"]),
     (
         f"{POOL} +asyppo.pool.n_gpus_per_node=6",
-        ["32 responses", "2 shards x 6 data-parallel ranks", "multiple of 12", "1, 2, 4 or 8 GPUs"],
+        ["32 responses", "6 data-parallel ranks", "multiple of 6", "1, 2, 4 or 8 GPUs"],
     ),
     (
         f"{SPLIT} +asyppo.pool.n_gpus_per_node=6",
-        ["2 shards x 3 data-parallel ranks", "multiple of 6", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
+        ["3 data-parallel ranks", "multiple of 3", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
     ),
     ("critic.fsdp.ulysses_sequence_parallel_size=2", ["ulysses_sequence_parallel_size=2", "does not divide"]),
     (

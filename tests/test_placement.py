@@ -32,8 +32,8 @@ def test_the_numbers_that_a_refusal_names_work(compose, placement):
     parts = 2 if placement == "split" else 1
     for ranks in range(1, 40):
         message = tried(ranks)
-        # 8 prompts x 4 responses are 16 responses a critic in each optimizer step.
-        works = ranks % parts == 0 and 16 % (ranks // parts) == 0
+        # The 8 prompts x 4 responses of a mini-batch are evaluated in equal numbers on every rank.
+        works = ranks % parts == 0 and 32 % (ranks // parts) == 0
         assert bool(message) != works, ranks
         named = re.search(r"((?:\d+, )*(?:\d+ or )?\d+) GPUs(?: \(asyppo| would)", message)
         assert bool(message) == bool(named)

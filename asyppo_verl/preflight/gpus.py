@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from ray._private.utils import get_num_cpus
 
-from asyppo_verl.config import AsyPPOConfig, shard_mini_batch_size, trainer_mode
+from asyppo_verl.config import AsyPPOConfig, trainer_mode
 from asyppo_verl.critic_settings import Run
 
 
@@ -32,7 +32,7 @@ def fitting_ranks(run: Run, micro_batch: int = 1) -> str:
     asyppo = run.asyppo
     unit = run.config.critic.fsdp.ulysses_sequence_parallel_size
     unit *= asyppo.num_critics if asyppo.placement == "split" else 1
-    rows = shard_mini_batch_size(run.config, asyppo) // micro_batch
+    rows = run.config.critic.ppo_mini_batch_size * run.config.actor_rollout_ref.rollout.n // micro_batch
     present = asyppo.pool.ranks if asyppo.critics_are_apart else critic_ranks(run)
     return _listed(count * unit for count in range(1, max(1, 2 * present // unit) + 1) if rows % count == 0)
 

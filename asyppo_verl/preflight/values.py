@@ -135,14 +135,15 @@ def check_batches(run: Run) -> None:
                 f"{run.key('critic.ppo_micro_batch_size_per_gpu')}={micro_batch!r} must be a whole number, 1 or more, while "
                 f"{run.key('critic.use_dynamic_bsz')}=False; set it, or use_dynamic_bsz=True"
             )
-    responses, unit = mini_batch * n, run.asyppo.num_shards * micro_batch
+    # Several critics' training calls are filled up to what ranks and micro-batches want.
+    responses, unit = mini_batch * n, micro_batch if run.asyppo.num_critics == 1 else 1
     data_parallel = critic_ranks(run) // critic.fsdp.ulysses_sequence_parallel_size
     if responses % (unit * data_parallel):
-        ranks = fitting_ranks(run, micro_batch) if responses % unit == 0 else ""
+        ranks = fitting_ranks(run, unit) if responses % unit == 0 else ""
         raise ValueError(
             f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
-            f"{run.asyppo.num_shards} shards x {data_parallel} data-parallel ranks"
-            + ("" if micro_batch == 1 else f" x {run.key('critic.ppo_micro_batch_size_per_gpu')}={micro_batch}")
+            f"{data_parallel} data-parallel ranks"
+            + ("" if unit == 1 else f" x {run.key('critic.ppo_micro_batch_size_per_gpu')}={micro_batch}")
             + f"; make the product of the first two a multiple of {unit * data_parallel}"
             + (f", or give the critics {ranks} GPUs ({ranks_key(run.asyppo)})" if ranks else "")
         )

@@ -47,6 +47,12 @@ def _words(limit: Limit) -> str:
     return name if factor == 1 else f"{factor:g} x {name}"
 
 
+LEARN_MORE = (
+    "train the critics longer before the actor (trainer.critic_warmup), more often on the same responses "
+    "(critic.ppo_epochs=4), with a higher critic.optim.lr, or take a larger critic"
+)
+DIFFER = "the critics are equal: give each its own head (asyppo.head_seed) and shard (asyppo.shard=group)"
+
 METRICS = [
     Metric(
         "asyppo/critic_<m>/vf_loss",
@@ -69,12 +75,18 @@ METRICS = [
     ),
     Metric("asyppo/critic_<m>/lr", "learning rate", note="as configured"),
     Metric(
+        "asyppo/critic_<m>/skipped_updates",
+        "its updates of this step that verl skipped because the gradient was not finite",
+        high=0,
+        note="three steps without a finite one stop the run",
+        advice="lower critic.optim.lr or raise critic.optim.lr_warmup_steps",
+    ),
+    Metric(
         "asyppo/critic_<m>/explained_var",
         "1 - Var[return - value] / Var[return] over the whole batch, its own shard and the others'",
         low=0,
         note="rises; above 0.3 is useful",
-        advice="train the critics longer before the actor (trainer.critic_warmup), more often on the same responses "
-        "(critic.ppo_epochs=4), with a higher critic.optim.lr, or take a larger critic",
+        advice=LEARN_MORE,
     ),
     Metric("asyppo/critic_<m>/responses", "responses it trains on in this step", note="about 1/M of the batch"),
     Metric(
@@ -82,18 +94,18 @@ METRICS = [
         "the same for the mean value",
         low=0,
         note="at least the average of the single critics",
-        advice="as for the single critics",
+        advice=LEARN_MORE,
     ),
     Metric(
         "asyppo/sigma/mean",
         "mean over response tokens of the standard deviation across critics",
         low=0,
         note="falls as the critics learn",
-        advice="the critics are equal: give each its own head (asyppo.head_seed) and shard (asyppo.shard=group)",
+        advice=DIFFER,
         of_several=True,
     ),
-    Metric("asyppo/sigma/p10", "its 10 % quantile", low=0, advice="as for the mean", of_several=True),
-    Metric("asyppo/sigma/p50", "its median", low=0, advice="as for the mean", of_several=True),
+    Metric("asyppo/sigma/p10", "its 10 % quantile", low=0, advice=DIFFER, of_several=True),
+    Metric("asyppo/sigma/p50", "its median", low=0, advice=DIFFER, of_several=True),
     Metric(
         "asyppo/sigma/p90",
         "its 90 % quantile",
@@ -114,7 +126,7 @@ METRICS = [
         "share of the masked tokens that ties decided, by the order of their rows",
         high=0.1,
         note="more means that values are too coarse, or critics too equal",
-        advice="let the critics compute in float32 (critic.fsdp.mixed_precision), see explained variance",
+        advice="let the critics differ: other heads (asyppo.head_seed) or models (asyppo.critic_overrides.<m>.model.path)",
         of_several=True,
     ),
     Metric(
@@ -133,7 +145,7 @@ METRICS = [
         low=(0.9, "asyppo.adv_mask_fraction"),
         high=(1, "asyppo.adv_mask_fraction"),
         note="0 if the critics are equal",
-        advice="the critics are equal, see sigma",
+        advice=DIFFER,
         of_several=True,
     ),
     Metric(
@@ -142,7 +154,7 @@ METRICS = [
         low=(0.9, "asyppo.entropy_filter_fraction"),
         high=(1, "asyppo.entropy_filter_fraction"),
         note="0 if the critics are equal",
-        advice="the critics are equal, see sigma",
+        advice=DIFFER,
         of_several=True,
     ),
     Metric(

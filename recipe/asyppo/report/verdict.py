@@ -32,10 +32,12 @@ def judge(run: Run) -> list[Finding]:
     for metric, key in _logged(run, settings):
         value = _mean(run.metrics[key], last=True)
         if steps := run.not_finite.get(key):
-            shown = ", ".join(map(str, steps[:5])) + (" ..." if len(steps) > 5 else "")
-            findings.append(Finding(run.name, key, f"not finite in step {shown}", metric.healthy, metric.advice))
+            said = f"not finite in step {', '.join(map(str, steps[:5]))}" + (" ..." if len(steps) > 5 else "")
         elif not _is_inside(value, metric, key, run, settings):
-            findings.append(Finding(run.name, key, f"{value:.4g}", metric.healthy, metric.advice))
+            said = f"{value:.4g}"
+        else:
+            continue
+        findings.append(Finding(run.name, key, said, metric.healthy.replace("`", ""), metric.advice))
     return findings
 
 

@@ -1,60 +1,71 @@
-r"""Answers as text: find the box in a response, write an answer in one plain way, read it as an exact number.
+r"""Answers as text: find the box in a response, write its content in one plain way, read a plain number.
 
-Everything here takes time linear in the length of the text and never evaluates an expression, so that it is safe on
-whatever a model writes. What is left, equality of expressions, is decided in :mod:`recipe.asyppo.reward.grader`.
+All of it is linear in the length of the text and evaluates nothing. Behind a rule: equal pairs missed without it, of 276.
 """
 
 import re
-from decimal import Decimal
+import unicodedata
 from fractions import Fraction
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # What may stand between two boxes of one answer: "$\boxed{3}$ and $\boxed{5}$".
-BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:and|or)?[\s$]*")
-
+BETWEEN_BOXES = re.compile(r"\}[\s$,;]*(?:and|or)?[\s$]*")
+# Commands and signs that print the same: 48
+SAME = dict(
+    re.findall(
+        r"(\S+):(\S*)",
+        r"""\left: \right: \big: \bigl: \bigr: \Big: \Bigl: \Bigr: \displaystyle: \textstyle: \large: \bf: \underline: \square:
+        \blacksquare: \dfrac:\frac \tfrac:\frac \cfrac:\frac \sfrac:\frac \dbinom:\binom \tbinom:\binom \div:/ \prime:'
+        \mathrm:\text \operatorname:\text \mbox:\text \textbf:\text \textit:\text \textrm:\text \textnormal:\text \pmod:\mod
+        \varnothing:\emptyset \dots:\ldots \cdots:\ldots ...:\ldots \geq:\ge \leq:\le \geqslant:\ge \leqslant:\le \Bbb:\mathbb
+        \lbrace:\{ \rbrace:\} ²:^2 √:\sqrt ×:\times ÷:/ ·:\cdot −:- °:^\circ ≤:\le ≥:\ge ∞:\infty π:\pi 或:, 和:, 、:,""",  # noqa: RUF001
+    )
+)
+FUNCTION = r"(?:arc|ar|a)?(?:sin|cos|tan|cot|sec|csc)h?|exp|ln|log|gcd|max|min|det|dim|Re|Im"
+ARGUMENT = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+EDGE = (r"^(?:[ ,]|\.(?!\d))+|[ .,\\]+$", "")
+OPENED = (r"^(?:\\text *)?\{([^{}]*)\}$", r"\1")
 REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\!\s*|\\\$|\$|(?<!\\)\\[()\[\]]", ""),
-        (r"\\(?:displaystyle|left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-        (r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\(?:mbox|textbf|textrm|textit|textnormal|mathrm|operatorname)(?=\s*\{)", r"\\text"),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", ""),
-        (r"\\%", "%"),
-        (r"\bnp\.", ""),
-        (r"(?<=\d)\.(?!\d)", ""),
-        (r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r" \\times 10^{\1}"),
-        (r"(?<![\\A-Za-z])(a?r?c?(?:sin|cos|tan)|exp|ln|log)(?=\s*[({])", r"\\\1"),
-        (r"\s+", " "),
+        EDGE,
+        OPENED,
+        (r"\\!\s*|\\?\$|(?<!\\)\\[()\[\]]|[€£¥]|\\(?:text)?color *\{\w+\}|USD *(?=\d)|(?<!\\)\{ *\}", ""),  # 8
+        (r"(?:(?<!\\)\\[,;: ]|~|\s)+", " "),  # 9
+        (r"(?<=\d)\{,\}(?=\d{3})|(?<=\d) (?=\d{3}(?: \d{3})*(?![\d ]*\d))", ""),  # 1
+        (r"(?<![\d,.(\[])(?<!\\\{)\d{1,3}(?:,\d{3})+(?![\d,])", lambda thousands: thousands[0].replace(",", "")),  # 2
+        (r"\\mathbb *\{?([A-Z])\}?", r"\\mathbb{\1}"),  # 3
+        (r"\\mathbb\{Z\} */ *\{?(\w+)\}? *\\mathbb\{Z\}", r"\\mathbb{Z}_{\1}"),  # 3
+        (r"\^ *\{ *\\circ *\}|\^ *\\circ|\\text *\{ *degrees? *\}", r"^{\\circ}"),  # 10
+        (r"\^ *\{? *('(?: *')*) *\}?", r"\1"),  # 1
+        (r"\\%|\\text *\{ *(?:\\?%|percent) *\}|(?<=\d) *percent\b", "%"),  # 4
+        (r"\(?(?:\\mod|\\text *\{ *mod *\}) *\{?(\w+)\}? *\)?", r"\\mod{\1}"),  # 2
+        # Roman letters are a word or a unit, but not a function, a constant, or what is applied like a function.
+        (rf"\\text *\{{ *({FUNCTION}) *\}}", r"\\\1 "),  # 2
+        (r"\\(?:mathbf *\{ *(\w+)|text *\{ *([eid]|\d+)|text *\{ *([A-Za-z]+) *(?=\}[_(])) *\}", r"\1\2\3"),  # 11
+        # Plain text, as sympy and Python write it.
+        (rf"(?<![\\A-Za-z])(?:np\.)?({FUNCTION}|sqrt|pi)(?![A-Za-z])", r"\\\1"),  # 4
+        (r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),  # 1
+        (r" *\*\* *", "^"),
+        (r"(?<=\d)[eE]([+-]?\d{1,3})(?![\w.])", r"\\times10^{\1}"),  # 1
+        (r"(?<=\d) +((?:[a-z]{3,}|[ckm]m|kg|ft)(?: [a-z]+)*)$", r"\\text{\1}"),  # 2
+        # Arguments in braces.
+        (r"\\(frac|binom) *([^\s{\\]|\\pi)", r"\\\1{\2}"),  # 19
+        (rf"(\\(?:frac|binom) *{ARGUMENT}) *([^\s{{\\]|\\pi)", r"\1{\2}"),  # 21
+        (r"\\sqrt *([^\s{\[\\(]|\\pi)", r"\\sqrt{\1}"),  # 6
+        (r"_ *\{ *\\text *\{ *(\w+) *\} *\}", r"_{\1}"),
+        (r"(?<=[_^]) *(\w)", r"{\1}"),  # 14
+        # Words.
+        (r"(?:\\text *\{[ ,]*(?:and|or)?[ ,]*\}|(?<!\\)\b(?:and|or)\b|[;,] *)+", ","),  # 10
+        (r"\\text *\{ *(?:[Tt]he )?(?:answer is|converges to|approximately|about) *\}|^ *\\approx", ""),  # 3
+        (r"(?<=\d)(?:\^\{)? *\\text *\{ *(?:st|nd|rd|th) *\}\}?", ""),  # 2
+        (r"((?<=\d) (?=\d)|(?<=[A-Za-z]) (?=[A-Za-z]))| +", r"\1"),  # 19
+        EDGE,
+        OPENED,
+        (r"^\(([A-Z])\)$", r"\1"),
     )
 ]
-WHOLE_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
-UNIT = re.compile(r"(?<=[^\s{(=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*(?:\d|\{\d\}))?$")
-BARE_SCRIPT = re.compile(r"([_^])(\w)")
-LETTER = re.compile(r"\(([A-Z])\)")
-
-# The first digit is a decimal one: S_3 and D_4 are groups, not numbers.
-BASED = re.compile(r"(?P<digits>\d[\dA-Z]*)_\{?(?P<base>\d+)\}?")
-
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,100})"
-NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)(?:(?P<mantissa>{DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})"
-    r"(?:(?:\\times|\\cdot|\*)10\^(?:\{(?P<braced>[+-]?\d{1,3})\}|(?P<bare>\d)))?"
-    r"|(?P<power>10\^(?:\{(?P<power_braced>[+-]?\d{1,3})\}|(?P<power_bare>\d)))"
-    rf"|(?:\\frac\{{(?P<top>-?{DIGITS})\}}\{{(?P<bottom>{DIGITS})\}}|(?P<over>{DIGITS})/(?P<under>{DIGITS})))(?P<percent>%?)"
-)
-
-
-def _closing(text: str, start: int, end: int) -> int | None:
-    """Position before ``end`` of the brace that closes the one before ``start``, or None; escaped ones do not count."""
-    depth = 1
-    for match in BRACE.finditer(text, start, end):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return match.start()
-    return None
 
 
 def last_boxed(text: str) -> str | None:
@@ -62,80 +73,42 @@ def last_boxed(text: str) -> str | None:
 
     None without a box, or when the last one is empty or never closed (a response that was cut off).
     """
-    boxes = list(BOX.finditer(text))
-    if not boxes or (end := _closing(text, boxes[-1].end(), len(text))) is None:
-        return None
-    parts, after = [text[boxes[-1].end() : end].strip()], boxes[-1].start()
-    for box in reversed(boxes[:-1]):
-        end = _closing(text, box.end(), after)
-        if end is None or after - end > 20 or not BETWEEN_BOXES.fullmatch(text, end + 1, after):
+    parts: list[str] = []
+    after = len(text)
+    for box in reversed(list(BOX.finditer(text))):
+        depth = 1
+        for brace in BRACE.finditer(text, box.end(), after):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                break
+        if depth or (parts and (after - brace.end() > 20 or not BETWEEN_BOXES.fullmatch(text, brace.start(), after))):
             break
-        parts, after = [text[box.end() : end].strip(), *parts], box.start()
+        parts, after = [text[box.end() : brace.start()].strip(), *parts], box.start()
     # A box that is written twice is one answer.
     return ", ".join(dict.fromkeys(part for part in parts if part)) or None
 
 
-def tidy(answer: str) -> str:
-    r"""``answer`` without notation that carries no meaning: dollar signs, spacing, ``\left``, degrees, units at the end.
-
-    ``\text{...}`` around everything is opened, "(C)" is C, words are in lower case. Text that is tidy stays as it is.
-    """
+def plain(answer: str) -> str:
+    r"""``answer`` in one way of writing, without layout: the same text for \frac12, \dfrac{1}{2} and \frac{1}{2}."""
+    answer = re.sub(r"√ *(\d+)", r"\\sqrt{\1}", answer)
+    answer = re.sub(r"\\[A-Za-z]+|\.\.\.|[^\x00-\x7f]", lambda sign: SAME.get(sign[0], sign[0]) + " ", answer)
+    answer = unicodedata.normalize("NFKC", answer)
     for pattern, replacement in REWRITES:
         answer = pattern.sub(replacement, answer)
-    answer = answer.strip(" .,;")
-    if whole := WHOLE_TEXT.fullmatch(answer):
-        answer = whole.group(1).strip(" .,;")
-    answer = UNIT.sub("", answer).strip(" .,;")
-    if letter := LETTER.fullmatch(answer):
-        answer = letter[1]
-    is_word = answer.isalpha() and (len(answer) > 3 or answer.lower() in ("yes", "no"))
-    return answer.lower() if is_word else answer
+    return answer
 
 
-def canonical(answer: str) -> str:
-    """One form for tidy answers that differ in spaces, in braces around one character, or as the same plain number."""
-    values = numbers(answer)
-    return str(values[0]) if values else BARE_SCRIPT.sub(r"\1{\2}", answer.replace(" ", ""))
-
-
-def numbers(answer: str) -> list[Fraction]:
-    """The exact value of a tidy ``answer`` that is one plain number; a percentage may mean either of two.
-
-    Plain are 1,234.5, .5, 3/4, \\frac{3}{4} and 4.5 \\times 10^{33}. Empty for anything else.
-    """
-    match = NUMBER.fullmatch(answer.replace(" ", ""))
-    if match is None:
-        return []
-    found = {name: text.replace(",", "") for name, text in match.groupdict().items() if text}
-    if "mantissa" in found or "power" in found:
-        exponent = next((found[key] for key in ("braced", "bare", "power_braced", "power_bare") if key in found), "0")
-        value = Fraction(Decimal(found.get("mantissa", "1")).scaleb(int(exponent)))
-    else:
-        bottom = int(found.get("bottom") or found["under"])
-        if bottom == 0:
-            return []
-        value = Fraction(int(found.get("top") or found["over"]), bottom)
-    value = -value if found.get("sign") == "-" else value
-    return [value, value / 100] if "percent" in found else [value]
-
-
-def is_rounded(answer: str) -> bool:
-    """Whether a number is written with a decimal point, hence is exact to its digits only; 10^6 and 3/4 are exact."""
-    return "." in answer
-
-
-def compare_text(truth: str, answer: str) -> bool | None:
-    """Equality of two tidy answers where text and plain numbers decide it, else None.
-
-    Numbers are equal if they are the same, or within a relative 1e-4 if the truth is rounded (as in the evaluation code
-    of Qwen2.5-Math). A truth such as 52_8 is equal to 52, whose base the question asks for, and not to 52_9.
-    """
-    if canonical(truth) == canonical(answer):
-        return True
-    if based := BASED.fullmatch(truth):
-        return answer == based["digits"]
-    true_values, values = numbers(truth), numbers(answer)
-    if not true_values or not values:
-        return None
-    tolerance = Fraction(1, 10_000) if is_rounded(truth) else 0
-    return any(abs(value - true) <= tolerance * abs(true) for true in true_values for value in values)
+def number(answer: str) -> Fraction | None:
+    r"""The exact value of a plain ``answer`` that is one number: .5, 3/4, 1\frac{3}{4}, 0.\overline{3}, 4.5\times10^{33}."""
+    sign, terms = (-1, answer[1:]) if answer[:1] == "-" else (1, answer)
+    for pattern, term in (
+        (r"\\frac\{(-?\d+)\}\{(\d+)\}", r" \1/\2"),
+        (r"\.(\d*)\\(?:overline|dot)\{(\d+)\}", lambda it: f".{it[1]}0 {it[2]}/{'9' * len(it[2])}{'0' * len(it[1])}"),
+        (r"(?:(?<=\d)\\(?:times|cdot)|^)10\^\{([+-]?\d{1,3})\}$", lambda it: f"{'1' * (it.start() == 0)}e{it[1]}"),
+    ):
+        terms = re.sub(pattern, term, terms)
+    if re.fullmatch(
+        r"(?:\d+(?:\.\d+)? )?\d+/0*[1-9]\d*|-\d+/0*[1-9]\d*|\d*\.?\d+(?:e[+-]?\d{1,3})?", terms.strip(" +")
+    ):
+        return sign * sum(map(Fraction, terms.strip(" +").split()), Fraction(0))
+    return None
