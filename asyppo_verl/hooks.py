@@ -1,4 +1,4 @@
-"""Where AsyPPO enters verl: each hook waits until verl itself imports the module that it completes.
+"""The hooks by which AsyPPO enters verl: each waits until verl itself imports the module that it completes.
 
 Every process that imports verl loads this module, so what it needs itself is imported in the hooks. Runs with another
 estimator go through the functions and trainer classes of verl.
@@ -35,7 +35,7 @@ def activate() -> None:
 
 
 def _on_supported_verl(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """The hook, idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched."""
+    """Make a hook idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched."""
 
     def hooked(module: Any) -> None:
         from asyppo_verl import preflight
