@@ -62,7 +62,8 @@ def finished(root: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory):
     run_dir = tmp_path_factory.mktemp("run") / "one"
     # The first run with these settings records the rollouts that later ones are given.
     recording = replaying(run_dir / "rollouts")
-    return run_dir, *train(root, toy, run_dir, "trainer.total_training_steps=2", "trainer.save_freq=1", *recording)
+    given = ["trainer.total_training_steps=2", "trainer.save_freq=1", "algorithm.lam=0.95"]
+    return run_dir, *train(root, toy, run_dir, *given, *recording)
 
 
 @pytest.fixture(scope="session")
