@@ -6,7 +6,7 @@ import re
 import pytest
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
-from asyppo_verl.preflight.combinations import TRAINER_MODES
+from asyppo_verl.config import TRAINER_MODES
 
 STATES = {"works", "refused", "noticed", "unproven"}
 

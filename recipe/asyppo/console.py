@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from asyppo_verl.retention import latest_step
+from asyppo_verl.checkpoint import latest_step
 
 PROGRESS = re.compile(r"Training Progress:.*")
 REWARD = "critic/score/mean"
