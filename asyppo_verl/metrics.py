@@ -86,7 +86,10 @@ def ensemble_metrics(
 
 
 def tied_share(sigma_N: Tensor, keep_adv_N: Tensor, is_response_N: Tensor) -> float:
-    """Share of the masked tokens that ties decided: those with the highest masked sigma, if a kept token has it as well."""
+    """Share of the masked tokens that ties decided: those with the highest masked sigma, if a kept token has it as well.
+
+    Some ties are real: the first tokens of one prompt's responses have the same past, so the same sigma.
+    """
     masked, highest = 0, float("-inf")
     for sigma, keep, is_response in chunks(sigma_N, keep_adv_N, is_response_N):
         masked_sigma = sigma[is_response & ~keep]

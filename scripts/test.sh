@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests need and run all of them: the fast ones on all cores (three minutes on two), then those with Ray
-# workers, then whole training runs on the CPU (30 minutes in all). Arguments go to pytest:
+# Install what the tests need and run all of them: the fast ones on all cores, then those with Ray workers, then training
+# runs on the CPU (about an hour in all on two cores). Arguments go to pytest:
 #   bash scripts/test.sh -m "not ray and not e2e"
 #   bash scripts/test.sh tests/test_asyppo.py -k shard
 set -euo pipefail

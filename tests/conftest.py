@@ -68,8 +68,7 @@ def finished(root: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory):
     run_dir = tmp_path_factory.mktemp("run") / "one"
     # The first run with these settings records the rollouts that later ones are given.
     recording = replaying(run_dir / "rollouts")
-    given = ["trainer.total_training_steps=2", "trainer.save_freq=1", "algorithm.lam=0.95"]
-    return run_dir, *train(root, toy, run_dir, *given, *recording)
+    return run_dir, *train(root, toy, run_dir, "trainer.total_training_steps=2", "trainer.save_freq=1", *recording)
 
 
 @pytest.fixture(scope="session")

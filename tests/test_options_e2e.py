@@ -2,12 +2,9 @@
 
 import math
 import re
-from pathlib import Path
 
 import pytest
-import torch
 from training import train
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -32,17 +29,32 @@ def check(steps: list[dict], updates: int, ahead: bool) -> None:
 OWN_SAMPLER = ["trainer.v1.sampler.custom_sampler.path=null", "trainer.v1.sampler.custom_sampler.name=null"]
 
 
-def test_colocate_async_trains_and_resumes_with_what_was_being_generated(root, toy, tmp_path):
-    """The batch that is generated ahead was already taken from the data: it is in the checkpoint, and trained on.
+COLOCATED: list[str] = []
+"""The default of ``asyppo.placement``; the other is the one that the mode is tried with."""
+SPLIT = ["+asyppo.placement=split", "+asyppo.pool.n_gpus_per_node=2"]
 
-    The critics go on with GPUs of their own, as many as before.
-    """
-    given = ["trainer.v1.trainer_mode=colocate_async", *OWN_SAMPLER, "trainer.save_freq=2"]
-    split = ["+asyppo.placement=split", "+asyppo.pool.n_gpus_per_node=2"]
+
+def test_colocate_async_trains(root, toy, tmp_path):
+    steps, _ = train(
+        root,
+        toy,
+        tmp_path / "colocate",
+        "trainer.v1.trainer_mode=colocate_async",
+        *OWN_SAMPLER,
+        "trainer.total_training_steps=3",
+        "trainer.save_freq=-1",
+    )
+    assert len(steps) == 3
+    check(steps, updates=1, ahead=True)
+
+
+def test_colocate_async_resumes_with_what_was_being_generated(root, toy, tmp_path):
+    """The batch that is generated ahead was already taken from the data: it is in the checkpoint, and trained on."""
+    given = ["trainer.v1.trainer_mode=colocate_async", *OWN_SAMPLER, *SPLIT, "trainer.save_freq=2"]
     environment = {"VERL_LOGGING_LEVEL": "INFO"}
     run_dir = tmp_path / "resumed"
     train(root, toy, run_dir, *given, "trainer.total_training_steps=2", **environment)
-    steps, shown = train(root, toy, run_dir, *given, *split, "trainer.total_training_steps=3", **environment)
+    steps, shown = train(root, toy, run_dir, *given, "trainer.total_training_steps=3", **environment)
     assert "after step 2" in shown and len(steps) == 3
     log = (run_dir / "log").read_text()
     assert "Loading TransferQueue state from" in log
@@ -52,7 +64,7 @@ def test_colocate_async_trains_and_resumes_with_what_was_being_generated(root, t
 
 
 @pytest.mark.parametrize(
-    "placement", [[], ["+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=1"]], ids=["colocated", "pool"]
+    "placement", [COLOCATED, ["+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=1"]], ids=["colocated", "pool"]
 )
 def test_separate_async_trains(root, toy, tmp_path, placement):
     """The rollout is a process of its own, which gets its weights through a store."""
@@ -82,11 +94,31 @@ def test_separate_async_trains(root, toy, tmp_path, placement):
         assert step["training/rollout_probs_diff_max"] < 1e-4 and abs(step["actor/ppo_kl"]) > 1e-6
 
 
-def test_two_turns_train_under_fsdp1(root, toy, tmp_path):
-    """16 prompts x 4 sessions of two turns of 2 tokens, with 3 tokens of the environment between them.
+def test_fsdp1_trains(root, toy, tmp_path):
+    """Actor and critics under verl's older strategy, with a checkpoint at the end."""
+    steps, _ = train(
+        root,
+        toy,
+        tmp_path / "fsdp1",
+        "actor_rollout_ref.actor.strategy=fsdp",
+        "critic.strategy=fsdp",
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=2",
+    )
+    assert len(steps) == 2
+    check(steps, updates=1, ahead=False)
+    # The second step's rollout has the weights of the first one's updates, which moved the policy.
+    assert (
+        all(step["training/rollout_probs_diff_max"] < 1e-4 for step in steps) and abs(steps[0]["actor/ppo_kl"]) > 1e-6
+    )
+    saved = {
+        path.parent.name for path in (tmp_path / "fsdp1/checkpoints/global_step_2").rglob("model_world_size_1_*.pt")
+    }
+    assert saved == {"actor", "critic_0", "critic_1"}
 
-    Actor and critics under verl's older strategy, with a checkpoint at the end.
-    """
+
+def test_two_turns_train(root, toy, tmp_path):
+    """16 prompts x 4 sessions of two turns of 2 tokens, with 3 tokens of the environment between them."""
     (tmp_path / "loops.yaml").write_text("- name: two_turns\n  _target_: two_turns.TwoTurns\n")
     steps, _ = train(
         root,
@@ -95,10 +127,8 @@ def test_two_turns_train_under_fsdp1(root, toy, tmp_path):
         f"actor_rollout_ref.rollout.agent.agent_loop_config_path={tmp_path}/loops.yaml",
         "actor_rollout_ref.rollout.agent.default_agent_loop=two_turns",
         "data.max_response_length=8",
-        "actor_rollout_ref.actor.strategy=fsdp",
-        "critic.strategy=fsdp",
         "trainer.total_training_steps=2",
-        "trainer.save_freq=2",
+        "trainer.save_freq=-1",
         PYTHONPATH=str(root / "tests"),
     )
     assert len(steps) == 2
@@ -111,19 +141,13 @@ def test_two_turns_train_under_fsdp1(root, toy, tmp_path):
         assert step_metrics["asyppo/entropy_filtered_fraction"] == pytest.approx(51 / 256)
         assert step_metrics["asyppo/incomplete_groups"] == 0
         assert all(step_metrics[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(2))
-        # The environment's tokens have no probability of the rollout, and none is compared. The second step's rollout has the
-        # weights of the first one's updates, which moved the policy.
+        # The environment's tokens have no probability of the rollout, and none is compared.
         assert step_metrics["training/rollout_probs_diff_max"] < 1e-4
-    assert abs(steps[0]["actor/ppo_kl"]) > 1e-6
-    saved = (tmp_path / "turns/checkpoints/global_step_2").rglob("model_world_size_1_*.pt")
-    assert {path.parent.name for path in saved} == {"actor", "critic_0", "critic_1"}
 
 
-def test_a_reward_model_kl_terms_correction_offload_and_entropy_train_together(root, toy, tmp_path):
+def test_kl_terms_correction_offload_and_entropy_train_together(root, toy, tmp_path):
     """Each of them leaves its trace in the metrics."""
     beta = 0.05
-    reward_model(toy, tmp_path / "judge")
-    server = "reward.reward_model.rollout"
     steps, _ = train(
         root,
         toy,
@@ -140,6 +164,40 @@ def test_a_reward_model_kl_terms_correction_offload_and_entropy_train_together(r
         "algorithm.rollout_correction.rollout_is=token",
         "algorithm.lam=0.95",
         "+asyppo.critic_lam=0.9",
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=-1",
+    )
+    assert len(steps) == 2
+    first, second = steps
+    # The reference is the start, in bfloat16: next to no distance before the first update, some after it.
+    assert abs(first["actor/reward_kl_penalty"]) < 5e-3 < second["actor/reward_kl_penalty"]
+    assert second["actor/reward_kl_penalty_coeff"] == beta
+    assert second["critic/rewards/mean"] < second["critic/score/mean"]
+    assert second["actor/kl_loss"] > 1e-4 and second["actor/kl_coef"] == 0.01
+    # In float32 the trainer and vLLM give the same probabilities: weights of 1.
+    assert second["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-3)
+    for step_metrics in steps:
+        assert step_metrics["actor/entropy_loss"] > 0
+        # 20 % of the tokens, those with the highest sigma, earn no entropy bonus.
+        assert step_metrics["actor/entropy_loss"] < step_metrics["actor/entropy"]
+        assert 0.19 < step_metrics["asyppo/entropy_filtered_fraction"] <= 0.2
+        assert all(step_metrics[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(2))
+
+
+def test_a_reward_model_trains(root, toy, tmp_path):
+    """Scores of a classifier, served by vLLM on the trainer's rank and fetched after sampling."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = Qwen3Config.from_pretrained(toy / "critic", num_labels=1, architectures=["Qwen3ForSequenceClassification"])
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(toy / "critic").save_pretrained(tmp_path / "judge")
+    server = "reward.reward_model.rollout"
+    steps, _ = train(
+        root,
+        toy,
+        tmp_path / "model",
         "reward.custom_reward_function.path=null",
         "reward.reward_model.enable=True",
         f"reward.reward_model.model_path={tmp_path}/judge",
@@ -156,28 +214,8 @@ def test_a_reward_model_kl_terms_correction_offload_and_entropy_train_together(r
         "trainer.save_freq=-1",
     )
     assert len(steps) == 2
-    first, second = steps
-    # The reference is the start, in bfloat16: next to no distance before the first update, some after it.
-    assert abs(first["actor/reward_kl_penalty"]) < 5e-3 < second["actor/reward_kl_penalty"]
-    assert second["actor/reward_kl_penalty_coeff"] == beta
-    assert second["critic/rewards/mean"] < second["critic/score/mean"]
-    assert second["actor/kl_loss"] > 1e-4 and second["actor/kl_coef"] == 0.01
-    # In float32 the trainer and vLLM give the same probabilities: weights of 1.
-    assert second["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-3)
     for step_metrics in steps:
         # A score of an untrained head is neither 0 nor 1, as a rule's would be, and differs between responses.
         assert step_metrics["critic/score/min"] < step_metrics["critic/score/mean"] < step_metrics["critic/score/max"]
         assert step_metrics["critic/score/mean"] not in (0, 1)
-        assert step_metrics["actor/entropy_loss"] > 0
-        # 20 % of the tokens, those with the highest sigma, earn no entropy bonus.
-        assert step_metrics["actor/entropy_loss"] < step_metrics["actor/entropy"]
-        assert 0.19 < step_metrics["asyppo/entropy_filtered_fraction"] <= 0.2
         assert all(step_metrics[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(2))
-
-
-def reward_model(toy: Path, folder: Path) -> None:
-    """A classifier, to be served by vLLM on the trainer's rank; its scores are fetched after sampling."""
-    torch.manual_seed(0)
-    config = Qwen3Config.from_pretrained(toy / "critic", num_labels=1, architectures=["Qwen3ForSequenceClassification"])
-    Qwen3ForSequenceClassification(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(toy / "critic").save_pretrained(folder)

