@@ -14,7 +14,7 @@ LEGAL = [
     "algorithm.gamma=1.01",
     "algorithm.rollout_correction.rollout_is_threshold=0.5_2.0",
     "actor_rollout_ref.actor.entropy_coeff=-0.01",
-    "critic.cliprange_value=.inf",
+    "critic.cliprange_value=inf",
     "critic.cliprange_value=0",
     "critic.optim.clip_grad=inf",
     "critic.optim.lr=0",
@@ -65,7 +65,8 @@ LEGAL = [
     "actor_rollout_ref.actor.policy_loss.loss_mode=mine actor_rollout_ref.model.external_lib=json",
     "algorithm.use_kl_in_reward=True actor_rollout_ref.actor.use_kl_loss=True",
     "actor_rollout_ref.actor.use_dynamic_bsz=False actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 "
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4 actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4 actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4 "
+    "critic.ppo_micro_batch_size_per_gpu=4",
     "critic.use_dynamic_bsz=False critic.ppo_micro_batch_size_per_gpu=2 critic.forward_micro_batch_size_per_gpu=null",
     "actor_rollout_ref.model.lora_rank=8",
     # GPUs

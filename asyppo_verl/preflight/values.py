@@ -32,7 +32,7 @@ def is_number(value: Any) -> bool:
 COUNT = ("must be a whole number, 1 or more", is_count)
 NUMBER = ("must be a number", is_number)
 # verl multiplies gradients by what is 0 or negative.
-CLIP = ("must be above 0; .inf for no bound", lambda value: is_number(value) and value > 0)
+CLIP = ("must be above 0; inf (in YAML .inf) for no bound", lambda value: is_number(value) and value > 0)
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data.train_batch_size": COUNT,
     "data.max_prompt_length": COUNT,
