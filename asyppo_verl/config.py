@@ -187,11 +187,6 @@ class AsyPPOConfig:
         self._check_overrides()
 
     @property
-    def num_shards(self) -> int:
-        """Into how many disjoint parts the responses are dealt: M, or 1 where every critic trains on all of them."""
-        return 1 if self.shard == "none" else self.num_critics
-
-    @property
     def critics_are_apart(self) -> bool:
         """True if the critics have GPUs of their own, and so work at the same time as the actor."""
         return self.placement != "colocated"
@@ -260,12 +255,3 @@ def nearest(key: str, names: Sequence[str]) -> str:
     """A hint for an error message: the valid name that a mistyped one is closest to, or nothing."""
     close = difflib.get_close_matches(str(key), names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def shard_mini_batch_size(config: Any, asyppo: AsyPPOConfig) -> int:
-    """Responses in one optimizer step of one mini-critic, over all ranks.
-
-    A critic that trains on 1/M of the batch takes mini-batches of 1/M of ``critic.ppo_mini_batch_size * rollout.n``, so
-    that it makes as many optimizer steps as verl's critic does.
-    """
-    return config.critic.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // asyppo.num_shards

@@ -1,4 +1,4 @@
-"""Where AsyPPO enters verl: each hook waits until verl itself imports the module that it completes.
+"""The hooks by which AsyPPO enters verl: each waits until verl itself imports the module that it completes.
 
 Every process that imports verl loads this module, so what it needs itself is imported in the hooks. Runs with another
 estimator go through the functions and trainer classes of verl.
@@ -25,6 +25,8 @@ def activate() -> None:
         ("verl.trainer.ppo.utils", lambda module: wrapt.wrap_function_wrapper(module, "need_critic", _need_critic)),
         ("verl.trainer.ppo.core_algos", _register_estimator),
         ("verl.trainer.ppo.v1", _register_trainers),
+        ("verl.workers.rollout.vllm_rollout.vllm_rollout", _rename_sender),
+        ("verl.workers.rollout.vllm_rollout.vllm_async_server", _rename_receiver),
     ):
         wrapt.register_post_import_hook(_on_supported_verl(hook), name)
     if cpu.is_selected():
@@ -35,7 +37,7 @@ def activate() -> None:
 
 
 def _on_supported_verl(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """The hook, idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched."""
+    """Make a hook idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched."""
 
     def hooked(module: Any) -> None:
         from asyppo_verl import preflight
@@ -87,6 +89,18 @@ def _register_trainers(v1: Any) -> None:
 
     for name, cls in trainer.TRAINERS.items():
         v1.register_trainer(name)(cls)
+
+
+def _rename_sender(vllm_rollout: Any) -> None:
+    from asyppo_verl import weight_sockets
+
+    weight_sockets.install_sender(vllm_rollout)
+
+
+def _rename_receiver(vllm_async_server: Any) -> None:
+    from asyppo_verl import weight_sockets
+
+    weight_sockets.install_receiver(vllm_async_server)
 
 
 def _honour_attention(model: Any) -> None:

@@ -6,7 +6,7 @@ It reads the configuration and nothing else; the arithmetic is of whole numbers.
 from collections.abc import Iterable
 from typing import Any
 
-from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig, shard_mini_batch_size
+from asyppo_verl.config import TRAINER_PREFIX, AsyPPOConfig
 from asyppo_verl.preflight.quantities import is_count, is_number
 
 
@@ -58,9 +58,9 @@ def fitting_ranks(config: Any, asyppo: AsyPPOConfig, critic: Any) -> str:
     """Numbers of GPUs on which ``critic`` could cut its mini-batches evenly, as text for a message."""
     sequence_parallel = critic.fsdp.ulysses_sequence_parallel_size
     unit = sequence_parallel * (asyppo.num_critics if asyppo.placement == "split" else 1)
-    rows = shard_mini_batch_size(config, asyppo)
+    rows = config.critic.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
     micro_batch = critic.ppo_micro_batch_size_per_gpu
-    if not critic.use_dynamic_bsz and is_count(micro_batch):
+    if asyppo.num_critics == 1 and not critic.use_dynamic_bsz and is_count(micro_batch):
         rows //= micro_batch
     present = asyppo.pool.ranks if asyppo.critics_are_apart else critic_ranks(config, asyppo)
     return _listed(count * unit for count in range(1, max(1, 2 * present // unit) + 1) if rows % count == 0)

@@ -21,7 +21,7 @@ from verl.utils.debug import marked_timer
 
 from asyppo_verl import asyppo, batch_checks, batch_io, inspection, mini_batches, preflight, selection
 from asyppo_verl.actor_loss import asyppo_actor_loss
-from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
+from asyppo_verl.config import TRAINER_PREFIX
 from asyppo_verl.critic_client import CriticClient
 from asyppo_verl.critic_settings import critic_nodes
 from asyppo_verl.critic_worker import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
@@ -40,6 +40,8 @@ else:
 
 class AsyPPOMixin(_Base):
     """Put before one of verl's V1 trainers: ``class T(AsyPPOMixin, PPOTrainerSync)``."""
+
+    _has_warned = False
 
     def __init__(self, config: DictConfig) -> None:
         self.asyppo = preflight.read_config(config)
@@ -82,15 +84,12 @@ class AsyPPOMixin(_Base):
         )
         for index, keys in enumerate(shards):
             metrics[f"asyppo/critic_{index}/responses"] = len(keys)
-        if not self._train_on_everything:
-            rows = mini_batches.padding_needed(map(len, shards), shard_mini_batch_size(self.config, self.asyppo))
-            batch = batch_io.add_padding(batch, rows, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def _shards(self, batch: KVBatchMeta) -> list[list[str]]:
         """Keys of the responses that each mini-critic trains on, in batch order."""
         keys = batch_io.response_keys(batch)
-        if self._train_on_everything:
+        if self.asyppo.shard == "none" or self.asyppo.num_critics == 1:
             return [keys] * self.asyppo.num_critics
         rows = [batch_io.session_of(key) for key in keys]
         owners = asyppo.assign_shards(rows, num_critics=self.asyppo.num_critics, shard=self.asyppo.shard)
@@ -99,15 +98,11 @@ class AsyPPOMixin(_Base):
             for index in range(self.asyppo.num_critics)
         ]
 
-    @property
-    def _train_on_everything(self) -> bool:
-        return self.asyppo.num_shards == 1
-
     # -- values and advantages -------------------------------------------------------------------------------------
 
     @functools.cached_property
     def _critics(self) -> CriticClient:
-        return CriticClient(self.critic_wg, self.config, self.asyppo)
+        return CriticClient(self.critic_wg, self.config, self.asyppo, self.tokenizer.eos_token_id)
 
     @property
     def _actor_ranks(self) -> int:
@@ -157,6 +152,8 @@ class AsyPPOMixin(_Base):
             changed[batch_io.KEEP_ENTROPY] = keep_ent_N
         metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
         metrics.update(selection_metrics(responses["advantages"], sigma_N, keep_adv_N, keep_ent_N, is_response_N))
+        if not self._has_warned:
+            self._has_warned = batch_checks.warn_of_ties(metrics["asyppo/sigma/tied"], self.global_steps)
         if changed:
             batch.fields = batch_io.store(batch, responses, **changed)
         if self.asyppo.inspect.is_due(self.global_steps):
@@ -229,7 +226,7 @@ class AsyPPOMixin(_Base):
         """Each mini-critic trains on its shard, beside the actor if it has GPUs of its own."""
         self._critics.start_update(batch, self._shards(batch), self._actor_ranks)
         if not self.asyppo.critics_are_apart:
-            metrics.update(self._critics.finish_update())
+            metrics.update(self._critics.finish_update(self.global_steps))
         return batch
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
@@ -237,7 +234,7 @@ class AsyPPOMixin(_Base):
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
         if self.asyppo.critics_are_apart:
             with marked_timer("update_critic", timing_raw, color="pink"):
-                metrics.update(self._critics.finish_update())
+                metrics.update(self._critics.finish_update(self.global_steps))
         return batch
 
 

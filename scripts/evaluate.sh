@@ -76,5 +76,5 @@ TRAINER=(
     trainer.n_gpus_per_node="$N_GPUS"
 )
 
-"$PYTHON" -m recipe.asyppo.evaluation.evaluate ${OUT:+--out "$OUT"} ${VERBOSE:+--verbose} "$TARGET" \
+exec "$PYTHON" -m recipe.asyppo.evaluation.evaluate ${OUT:+--out "$OUT"} ${VERBOSE:+--verbose} "$TARGET" \
     "${DATA[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" ${CPU[@]+"${CPU[@]}"} "$@"

@@ -69,6 +69,6 @@ TRAINER=(
     hydra.run.dir="$RUN_DIR/hydra"
 )
 
-"$PYTHON" -m recipe.asyppo.console "$RUN_DIR" ${VERBOSE:+--verbose} -- \
+exec "$PYTHON" -m recipe.asyppo.console "$RUN_DIR" ${VERBOSE:+--verbose} -- \
     "$PYTHON" -m "$MAIN" "${CPU[@]}" \
     "${DATA[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${CRITIC[@]}" "${ALGO[@]}" "${TRAINER[@]}" "$@"

@@ -4,7 +4,7 @@
 * ``PROBE_DIR/step_<n>.pt`` gets what step n computed for every response, by row key.
 * ``PROBE_KILL=<step>:<moment>`` ends the run with SIGKILL: while it rolls out ("rollout"), between two optimizer steps of a
   critic ("critic"), with half a file of the checkpoint written ("half <beginning of its path>"), or when the first of the
-  older checkpoints has been removed ("removal"). The process group to kill is in ``PROBE_DIR/group``.
+  older checkpoints has been removed ("removal"). The session to kill is in ``PROBE_DIR/session``.
 """
 
 import io
@@ -14,13 +14,13 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import wrapt
+from processes import of_session
 
 FIELDS = ["values", "advantages", "returns", "old_log_probs", "entropy", "response_mask", "rm_scores", "responses"]
 FOLDER = Path(os.environ["PROBE_DIR"])
@@ -58,8 +58,10 @@ def _write_step(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _kill() -> None:
-    os.killpg(int((FOLDER / "group").read_text()), signal.SIGKILL)
-    time.sleep(60)  # a process outside the group goes no further either
+    for process in of_session(int((FOLDER / "session").read_text())):
+        if process != os.getpid():
+            os.kill(process, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _is_time(step: Any) -> bool:

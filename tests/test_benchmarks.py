@@ -203,13 +203,13 @@ def test_step_time_trains_with_and_without_critics(root):
     result = last_line(
         root,
         "benchmarks/step_time.py",
-        *("--rounds", "1", "--steps", "2", "--skip", "1", "--length", "16", "--only", "grpo", "ppo", "asyppo"),
+        *("--rounds", "1", "--steps", "2", "--skip", "1", "--length", "16", "--only", "grpo", "asyppo"),
         timeout=1100,
     )
-    assert result["steps"] == {"grpo": 1, "ppo": 1, "asyppo": 1}
+    assert result["steps"] == {"grpo": 1, "asyppo": 1}
     assert all(value > 0 for value in result["seconds"].values())
-    assert result["critic_seconds"]["ppo"] > result["critic_seconds"]["grpo"]
-    assert {"asyppo_over_grpo", "ppo_over_grpo", "asyppo_critic_over_ppo_critic"} <= result.keys()
+    assert result["critic_seconds"]["asyppo"] > result["critic_seconds"]["grpo"]
+    assert {"asyppo_over_grpo", "asyppo_over_grpo_with_generation"} <= result.keys()
 
 
 # -- soak ----------------------------------------------------------------------------------------------------------
@@ -240,3 +240,15 @@ def test_a_kept_step_is_timed_and_counted(root):
     result = last_line(root, "benchmarks/inspection.py", *options)
     assert result["tokens"] == 2 * 16 * 64
     assert result["share"] == pytest.approx(result["seconds"] / 10, abs=1e-4)
+
+
+# -- plan_error ----------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_near_what_was_measured(root):
+    """Critics from 0.6B to 4B on one H200, whose shares of the peak were 20 % to 34 %: seconds and memory."""
+    plan_error = benchmark(root, "plan_error")
+    for (size, count), measured in plan_error.MEASURED.items():
+        for found, plan in zip(measured, plan_error.planned(size, count), strict=True):
+            assert abs(plan / found - 1) < 0.15, (size, found, plan)
+    assert last_line(root, "benchmarks/plan_error.py")["largest_error"] < 0.15

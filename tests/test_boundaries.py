@@ -31,11 +31,11 @@ ALLOWED = {
     "batch_io": ({"torch", "tensordict", "transfer_queue", "verl"}, set()),
     "inspection": ({"torch", "numpy", "pyarrow", "transfer_queue"}, {"asyppo", "batch_io"}),
     "actor_loss": ({"torch", "tensordict", "verl"}, {"asyppo", "batch_io"}),
-    "value_model": ({"wrapt", "transformers"}, set()),
+    "value_model": ({"torch", "wrapt", "transformers"}, set()),
     "critic_worker": ({"torch", "tensordict", "omegaconf", "verl"}, {"value_model", "checkpoint"}),
     "critic_client": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
-        CONFIG | {"batch_io", "critic_worker"},
+        CONFIG | {"batch_checks", "batch_io", "critic_settings", "critic_worker"},
     ),
     "trainer": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
@@ -53,7 +53,8 @@ ALLOWED = {
             "retention",
         },
     ),
-    "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu"}),
+    "weight_sockets": ({"wrapt", "ray"}, set()),
+    "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu", "weight_sockets"}),
     "plugin": (set(), {"hooks"}),
     "export": ({"torch", "transformers", "verl"}, {"checkpoint", "retention"}),
     "doctor": ({"ray", "verl"}, {"config"}),

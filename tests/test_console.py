@@ -1,12 +1,27 @@
 """Run folders: what an earlier run left is resumed or moved aside, never lost."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import yaml
+from test_recipe import environment
 
-from recipe.asyppo.console import merge_history, prepare, read_metrics, run, setting, summary
+from recipe.asyppo.console import (
+    PRIVATE_TMPDIR,
+    is_question,
+    last_step,
+    merge_history,
+    prepare,
+    read_metrics,
+    run,
+    setting,
+    summary,
+)
 
 COMMAND = ["python", "trainer.total_training_steps=4", "x=1", "trainer.total_training_steps=6"]
 
@@ -27,10 +42,19 @@ def test_the_last_override_counts():
     assert setting(["+a.b=c=d"], "a.b") == "c=d"
 
 
-def test_an_unfinished_run_is_resumed_with_its_metrics(tmp_path):
+OPEN = "trainer.total_training_steps=null"  # the data decide
+
+
+def test_a_number_may_be_quoted_or_open():
+    assert last_step(COMMAND) == 6 and last_step([]) is None and last_step([*COMMAND, OPEN]) is None
+    assert last_step(["trainer.total_training_steps='6'"]) == last_step(['++trainer.total_training_steps="6"']) == 6
+
+
+@pytest.mark.parametrize("steps", ["trainer.total_training_steps=6", "trainer.total_training_steps='6'", OPEN])
+def test_an_unfinished_run_is_resumed_with_its_metrics(tmp_path, steps):
     run_dir = tmp_path / "run"
     write(run_dir, [1, 2, 3], checkpoint=2)
-    prepare(run_dir, COMMAND)
+    prepare(run_dir, [*COMMAND, steps])
     assert (run_dir / "metrics.history.jsonl").exists() and not (run_dir / "metrics.jsonl").exists()
     write(run_dir, [3, 4], checkpoint=4)
     merge_history(run_dir)
@@ -88,3 +112,78 @@ def test_the_command_line(tmp_path, root, verbose):
     )
     assert ("['--', '--verbose']" in run.stdout) == verbose
     assert "--verbose" in (tmp_path / "run" / "log").read_text()
+
+
+CHILD = """
+import os, pathlib, signal, sys, time
+def end(number, frame):
+    print("got", number)
+    time.sleep(0.3)
+    sys.exit(5)
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
+pathlib.Path(os.environ["TMPDIR"], "left").touch()
+print("Training Progress: started in", os.environ["TMPDIR"])
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_command_and_its_temporary_folder(tmp_path, root, number):
+    """Sent twice, and to all of the group, as by Ctrl-C and timeout: the command gets one, and time to end."""
+    write(tmp_path / "run", [1, 2], checkpoint=2)
+    console = subprocess.Popen(
+        [sys.executable, "-m", "recipe.asyppo.console", tmp_path / "run", "--", sys.executable, "-c", CHILD, *COMMAND],
+        cwd=root,
+        env={**os.environ, PRIVATE_TMPDIR: "1", "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    private = next(line.split()[-1] for line in console.stdout if "started in" in line)
+    assert os.path.exists(f"{private}/left") and os.path.dirname(private) == str(tmp_path)
+    os.killpg(console.pid, number)
+    time.sleep(0.1)
+    os.killpg(console.pid, number)
+    _, errors = console.communicate(timeout=30)
+    assert console.returncode == 128 + number
+    assert f"ended by {number.name}" in errors and "Traceback" not in errors
+    assert (tmp_path / "run" / "log").read_text().count(f"got {signal.SIGTERM}") == 1
+    assert not os.path.exists(private)
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--help", "-h", "--cfg=job", "--cfg", "-c", "--info", "-i", "--hydra-help", "--resolve", "--package=data"]
+)
+def test_hydras_flags_are_known(flag):
+    assert is_question(["python", "-m", "verl.trainer.main_ppo", "a=1", flag, "job"])
+    assert not is_question(["python", "-c", "pass", f"x={flag}"]) and not is_question(["python", "-m", "main", "-x=1"])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("run_asyppo_cpu.sh", ["--cfg", "job", "--resolve", "--package", "algorithm"]),
+        ("run_asyppo_qwen3_4b.sh", ["--help"]),
+        ("evaluate.sh", ["--cfg=job", "-p", "algorithm"]),
+    ],
+)
+def test_hydra_answers_on_the_terminal(root, toy, tmp_path, script, flags):
+    env = environment(root, toy, VERL_PLATFORM="cpu", RUN_DIR=str(tmp_path / "run"), OUT=str(tmp_path / "run"))
+    target = [str(toy / "actor")] if script == "evaluate.sh" else []
+    answer = subprocess.run(
+        ["bash", str(root / "scripts" / script), *target, *flags],
+        env=env | {"TOY_DIR": str(toy)},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "starting Ray" not in answer.stdout and not list(tmp_path.iterdir())
+    if "algorithm" in flags:
+        shown = yaml.safe_load(answer.stdout)
+        assert shown["algorithm"]["adv_estimator"] == ("grpo" if target else "asyppo")
+    else:
+        assert "powered by hydra" in answer.stdout.lower()

@@ -29,11 +29,11 @@ REFUSED = [
     (f"{SPLIT} +asyppo.pool.n_gpus_per_node=1", ["the 1 GPUs", "2 GPUs would do"]),
     (
         f"{POOL} +asyppo.pool.n_gpus_per_node=6",
-        ["32 responses", "2 shards x 6 data-parallel ranks", "multiple of 12", "1, 2, 4 or 8 GPUs"],
+        ["32 responses", "6 data-parallel ranks", "multiple of 6", "1, 2, 4 or 8 GPUs"],
     ),
     (
         f"{SPLIT} +asyppo.pool.n_gpus_per_node=6",
-        ["2 shards x 3 data-parallel ranks", "multiple of 6", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
+        ["3 data-parallel ranks", "multiple of 3", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
     ),
     (
         f"{SPLIT} +asyppo.pool.n_gpus_per_node=4 critic.fsdp.ulysses_sequence_parallel_size=4",
@@ -110,8 +110,8 @@ def test_the_numbers_that_a_refusal_names_work(compose, placement):
     parts = 2 if placement == "split" else 1
     for ranks in range(1, 40):
         message = tried(ranks)
-        # 8 prompts x 4 responses are 16 responses a critic in each optimizer step.
-        works = ranks % parts == 0 and 16 % (ranks // parts) == 0
+        # The 8 prompts x 4 responses of a mini-batch are evaluated in equal numbers on every rank.
+        works = ranks % parts == 0 and 32 % (ranks // parts) == 0
         assert bool(message) != works, ranks
         named = re.search(r"((?:\d+, )*(?:\d+ or )?\d+) GPUs(?: \(asyppo| would)", message)
         assert bool(message) == bool(named)

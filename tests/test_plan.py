@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -22,7 +22,7 @@ from transformers import (
 from recipe.asyppo.plan import cost, memory
 from recipe.asyppo.plan.__main__ import main
 from recipe.asyppo.plan.model import BUILT_IN, from_config, read_model
-from recipe.asyppo.plan.plan import Plan, cure
+from recipe.asyppo.plan.plan import Plan, fix
 from recipe.asyppo.plan.settings import ALGORITHMS, GIB, Settings
 
 PUBLISHED = {  # parameters of the checkpoints on the Hugging Face hub
@@ -239,8 +239,23 @@ def test_offload_leaves_the_one_at_work():
     assert (found["critic update"].actor, found["critic update"].critics) == (0, 16 * critic)
     assert (found["old log-probs"].actor, found["actor update"].actor) == (4 * actor, 16 * actor)
     assert found["actor update"].critics == 0
+
+
+def pinned(auto_class, size: str, gpus: int) -> int:
+    """Bytes that torch pins on a node for a model's shards: the next power of two of each, on the real model's shapes."""
+    model = read_model(size)
+    with torch.device("meta"):
+        real = auto_class.from_config(hf_config(model))
+    shards = [4 * -(-p.shape[0] // gpus) * p[0].numel() for p in real.parameters()]
+    return gpus * sum(2 ** math.ceil(math.log2(size)) for size in shards)
+
+
+def test_offloaded_models_are_pinned_in_powers_of_two():
+    actor, critic = pinned(AutoModelForCausalLM, "4b", 8), pinned(AutoModelForTokenClassification, "0.6b", 8)
     host = memory.host_memory(settings(actor_offload=True, critic_offload=True), "asyppo")
-    assert host == 12 * 8 * (actor + 2 * critic)
+    assert host == 3 * actor + 3 * 2 * critic
+    assert memory.host_memory(settings(reference=True), "asyppo") == actor
+    assert host > 12 * (PUBLISHED["4b"] + 2 * PUBLISHED["0.6b"])
 
 
 def test_one_mini_critic_is_ppo():
@@ -272,7 +287,7 @@ def test_a_reference_adds_a_phase_and_host_memory_only():
     assert [phase for phase in with_reference.phases if phase.name != "reference"] == without.phases
     work = cost.work(with_reference.settings, "asyppo")
     assert work["reference"] == work["old log-probs"]
-    assert memory.host_memory(with_reference.settings, "asyppo") == 4 * PUBLISHED["4b"]
+    assert memory.host_memory(with_reference.settings, "asyppo") > 4 * PUBLISHED["4b"]
 
 
 def test_generation_by_hand():
@@ -288,9 +303,9 @@ def test_generation_by_hand():
     "actor, critic", [("4b", "0.6b"), ("8b", "1.7b"), ("14b", "4b"), ("14b", "1.7b"), ("32b", "8b")]
 )
 @pytest.mark.parametrize("gpus", [4, 8])
-def test_the_cure_cures(actor, critic, gpus, algorithm):
+def test_the_fix_makes_it_fit(actor, critic, gpus, algorithm):
     plan = Plan(settings(actor, critic, gpus=gpus, gpu_memory_utilization=0.85), algorithm)
-    changes = cure(plan)
+    changes = fix(plan)
     assert (changes == {}) == plan.fits
     if changes is None:
         assert actor == "32b"
@@ -301,7 +316,7 @@ def test_the_cure_cures(actor, critic, gpus, algorithm):
 def test_a_cache_too_small_for_one_sequence_does_not_fit():
     plan = Plan(settings("32b", "4b", gpus=32, critic_offload=True, actor_offload=True), "asyppo")
     assert plan.cache_too_small and not plan.fits
-    assert cure(plan)["gpu_memory_utilization"] == 0.8 or cure(plan)["tensor_parallel"] > 1
+    assert fix(plan)["gpu_memory_utilization"] == 0.8 or fix(plan)["tensor_parallel"] > 1
 
 
 @pytest.mark.parametrize(
@@ -309,7 +324,7 @@ def test_a_cache_too_small_for_one_sequence_does_not_fit():
     [
         (["--actor", "no/such/model"], "--actor: the model 'no/such/model' cannot be read"),
         (["--gpus", "0"], "--gpus=0 is not possible: give a number above 0"),
-        (["--mfu", "1.5"], "--mfu=1.5 is not possible"),
+        (["--matrix-use", "1.5"], "--matrix-use=1.5 is not possible"),
         (["--tensor-parallel", "3"], "--tensor-parallel=3 is not possible: choose a divisor of the 8 GPUs"),
         (["--critic-fsdp-size", "3"], "--critic-fsdp-size=3 is not possible: choose -1 or a divisor"),
         (["--actor-tokens", "4096"], "at least 9216"),
@@ -318,7 +333,7 @@ def test_a_cache_too_small_for_one_sequence_does_not_fit():
         (["--hardware", "b200"], "invalid choice: 'b200'"),
     ],
 )
-def test_errors_name_the_option_and_the_cure(arguments, message, capsys):
+def test_errors_name_the_option_and_the_fix(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*([] if "--actor" in arguments else ["--actor", "4b"]), "--critic", "0.6b", *arguments])
     assert stopped.value.code == 2
@@ -352,14 +367,11 @@ def test_it_needs_neither_torch_nor_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-def test_the_keys_of_verl_that_options_name_exist(compose):
-    config = compose()
-    named = 0
-    for field in dataclasses.fields(Settings):
-        for key in re.findall(
-            r"[a-z_]+(?:\.[a-z_]+)+", field.metadata.get("help", "").replace("asyppo.num_critics", "")
-        ):
-            found = [OmegaConf.select(config, prefix + key) for prefix in ("", "actor_rollout_ref.")]
-            assert any(value is not None for value in found), f"{field.name}: verl has no {key}"
-            named += 1
-    assert named >= 20
+def test_seconds_by_hand():
+    """A forward pass of one token of 0.6B on an H100: matrices at 0.75 of the peak, then 28 layers of norms and the like."""
+    one = cost.Pass(read_model("0.6b").as_critic(), "forward", 1)
+    matrices = 2 * 28 * (2 * 1024 * (2048 + 1024) + 3 * 1024 * 3072) + 2 * 1024
+    moved = 28 * (1024 + 3072 + 2048 + 1024) * 75
+    assert one.seconds(1, 0, settings()) == pytest.approx(matrices / 0.75 / 989.4e12 + moved / 3.35e12)
+    attention = 2 * 28 * 2048 / 0.3 / 989.4e12  # of one pair of positions
+    assert one.seconds(0, 1, settings()) == pytest.approx(attention)

@@ -85,8 +85,7 @@ def validated(overrides: list[str], yaml: Path | None = None):
     return config
 
 
-@pytest.mark.parametrize("platform", ["", "cpu"])
-@pytest.mark.parametrize("gpu_gb", ["80", "141"])
+@pytest.mark.parametrize(("gpu_gb", "platform"), [("80", ""), ("141", "cpu")])
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_script_is_a_valid_configuration(root, toy, tmp_path, size, algo, gpu_gb, platform):
@@ -112,7 +111,21 @@ def test_the_algorithms_differ_in_nothing_but_their_critics(root, toy, tmp_path,
     shared = set.intersection(*commands.values())
     for algo, lines in commands.items():
         own = {line.lstrip("+").split("=")[0] for line in lines - shared}
-        assert own <= {"algorithm.adv_estimator", "critic.model.path", "critic.enable", "asyppo.num_critics"}, algo
+        assert own <= {"algorithm.adv_estimator", "critic.model.path", "critic.enable", "asyppo.num_critics", BUDGET}, (
+            algo
+        )
+
+
+BUDGET = "critic.ppo_infer_max_token_len_per_gpu"  # of verl's own critic
+
+
+@pytest.mark.parametrize("algo", ["asyppo", "ppo", "ppo_small_critic"])
+def test_the_critics_tokens_and_the_rollouts_length_are_those_of_the_variables(root, toy, tmp_path, algo):
+    env = environment(root, toy, ALGO=algo, CRITIC_TOKENS="12345", MAX_PROMPT="100", MAX_RESPONSE="200")
+    config = validated(command_of(root, "4b", tmp_path, env))
+    read = ["ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu"] if algo == "asyppo" else [BUDGET[7:]]
+    assert [config.critic[key] for key in read] == [12345] * len(read)
+    assert config.actor_rollout_ref.rollout.max_model_len == 300
 
 
 @pytest.mark.parametrize(("nodes", "fsdp_size"), [("1", -1), ("2", 8)])

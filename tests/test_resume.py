@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def start(root: Path, task: Path, run_dir: Path, tmp: str, kill: str = "") -> su
     replayed = [step for step in range(1, STEPS + 1) if kill != f"{step}:rollout"]
     given = [*settings(task, STEPS), f"skip.rollout_tq.steps={replayed}".replace(" ", ""), *KEEP]
     process = launch(root, task, run_dir, tmp, *given, **probed(run_dir), PROBE_KILL=kill)
-    (run_dir / "probe" / "group").write_text(str(process.pid))
+    (run_dir / "probe" / "session").write_text(str(process.pid))
     return process
 
 
@@ -128,15 +129,18 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 """Not a number from the second step of 64 responses on."""
 
 
-def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended(root, toy, tmp_path, short_tmp):
+def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended_until_told_to_end(root, toy, tmp_path, short_tmp):
     """Exit code, message, no process and no file left behind, and no weight moved by the bad batch."""
     run_dir, reward = tmp_path / "run", tmp_path / "reward.py"
     run_dir.mkdir()
-    given = ["trainer.total_training_steps=3", "trainer.save_freq=1", f"reward.custom_reward_function.path={reward}"]
+    given = ["trainer.total_training_steps=99", "trainer.save_freq=1", f"reward.custom_reward_function.path={reward}"]
 
     def run() -> tuple[int, str]:
         process = launch(root, toy, run_dir, short_tmp, *given)
-        code = process.wait(timeout=600)
+        while process.poll() is None and not (run_dir / "checkpoints" / "global_step_3").exists():
+            time.sleep(0.5)
+        process.terminate()
+        code = process.wait(timeout=120)
         wait_until_all_are_gone(process.pid)
         assert not list(Path(short_tmp).iterdir()), "temporary files stayed"
         return code, (run_dir / "shown").read_text()
@@ -149,8 +153,8 @@ def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended(root, toy, tmp_
 
     reward.write_text(BROKEN_REWARD.replace("> 64", "< 0"))
     code, shown = run()
-    assert code == 0 and "after step 1" in shown, shown[-4000:]
-    assert sorted(Replay(run_dir).metrics()) == [1, 2, 3]
+    assert code == 128 + signal.SIGTERM and "after step 1" in shown and "ended by SIGTERM" in shown, shown[-4000:]
+    assert sorted(Replay(run_dir).metrics())[:2] == [1, 2]
 
 
 # -- damaged checkpoints -------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
-"""A verl platform for machines without an accelerator, and the cures verl 0.9 needs to run on one.
+"""A verl platform for machines without an accelerator, and the fixes that verl 0.9 needs to run on one.
 
-Every cure names the obstacle; each can go when verl handles it. Nothing here happens unless ``VERL_PLATFORM=cpu``.
+Every fix names the obstacle; each can go when verl handles it. Nothing here happens unless ``VERL_PLATFORM=cpu``.
 """
 
 import contextlib
 import importlib.metadata
 import os
 import resource
-import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,7 +101,7 @@ class PlatformCPU(PlatformBase):
 
 
 def activate() -> None:
-    """Register the platform and apply the cures; does nothing unless ``VERL_PLATFORM=cpu``."""
+    """Register the platform and apply the fixes; does nothing unless ``VERL_PLATFORM=cpu``."""
     if not is_selected() or PlatformRegistry.get("cpu") is PlatformCPU:
         return
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
@@ -135,14 +134,12 @@ def activate() -> None:
         lambda module: wrapt.wrap_function_wrapper(module, "fsdp2_sharded_save_to_cpu", _copy_of_weights),
         "verl.utils.fsdp_utils",
     )
-    wrapt.register_post_import_hook(_cure_weight_transfer, "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")
-
-
-def _cure_weight_transfer(module):
-    wrapt.wrap_function_wrapper(module, "BucketedWeightReceiver.receive_weights", _copy_out_of_shared_memory)
-    # verl names the socket after Ray's job, whose number is the same in every run that has a cluster of its own.
-    for end in ("BucketedWeightSender", "BucketedWeightReceiver"):
-        wrapt.wrap_function_wrapper(module, f"{end}.__init__", _socket_in_temporary_folder)
+    wrapt.register_post_import_hook(
+        lambda module: wrapt.wrap_function_wrapper(
+            module, "BucketedWeightReceiver.receive_weights", _copy_out_of_shared_memory
+        ),
+        "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer",
+    )
 
 
 def _single_gloo_backend(wrapped, _instance, args, kwargs):
@@ -171,11 +168,6 @@ def _skip(_wrapped, _instance, _args, _kwargs):
 def _copy_of_weights(wrapped, _instance, args, kwargs):
     state, spec = wrapped(*args, **kwargs)
     return {name: (tensor.clone(), layout) for name, (tensor, layout) in state.items()}, spec
-
-
-def _socket_in_temporary_folder(wrapped, _instance, args, kwargs):
-    socket = args[0] if args else kwargs.pop("zmq_handle")
-    return wrapped(socket.replace("ipc:///tmp/", f"ipc://{tempfile.gettempdir()}/"), *args[1:], **kwargs)
 
 
 def _copy_out_of_shared_memory(wrapped, _instance, args, kwargs):

@@ -67,14 +67,15 @@ def _check_batch_sizes(node: CriticNode, config: Any, asyppo: AsyPPOConfig) -> N
     mini_batch, micro_batch = critic.ppo_mini_batch_size, critic.ppo_micro_batch_size_per_gpu
     responses = mini_batch * n
     data_parallel = critic_ranks(config, asyppo) // critic.fsdp.ulysses_sequence_parallel_size
-    share = asyppo.num_shards * (1 if critic.use_dynamic_bsz else micro_batch)
-    if responses % (share * data_parallel):
-        ranks = fitting_ranks(config, asyppo, critic) if responses % share == 0 else ""
+    # Several critics' training calls are filled up to what ranks and micro-batches want.
+    unit = micro_batch if asyppo.num_critics == 1 and not critic.use_dynamic_bsz else 1
+    if responses % (unit * data_parallel):
+        ranks = fitting_ranks(config, asyppo, critic) if responses % unit == 0 else ""
         raise ValueError(
             f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
-            f"{asyppo.num_shards} shards x {data_parallel} data-parallel ranks"
-            + ("" if critic.use_dynamic_bsz else f" x {node.key('ppo_micro_batch_size_per_gpu')}={micro_batch}")
-            + f"; make the product of the first two a multiple of {share * data_parallel}"
+            f"{data_parallel} data-parallel ranks"
+            + ("" if unit == 1 else f" x {node.key('ppo_micro_batch_size_per_gpu')}={micro_batch}")
+            + f"; make the product of the first two a multiple of {unit * data_parallel}"
             + (f", or give the critics {ranks} GPUs ({ranks_key(asyppo)})" if ranks else "")
         )
     name = "ppo_infer_micro_batch_size_per_gpu"

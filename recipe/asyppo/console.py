@@ -1,34 +1,61 @@
-"""Run a training command in a run folder: progress on the terminal, the whole log in a file, a summary at the end.
+"""Run a training command in a run folder: progress on the terminal, the complete log in a file, a summary at the end.
 
 ``python -m recipe.asyppo.console RUN_DIR [--verbose] -- COMMAND ...``
 
 The folder holds ``metrics.jsonl`` (verl's file logger, one JSON object a step), ``checkpoints/`` and ``log``. A folder
-whose latest checkpoint is below ``trainer.total_training_steps`` is resumed with its metrics kept; any other earlier run
-is moved aside, never overwritten.
+whose latest checkpoint is below ``trainer.total_training_steps`` (or where that is open) is resumed with its metrics kept;
+any other earlier run is moved aside, never overwritten. A signal that would end this program ends the training first.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from asyppo_verl.retention import latest_step
 
 PROGRESS = re.compile(r"Training Progress:.*")
 REWARD = "critic/score/mean"
 SECONDS = "timing_s/step"
+QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}
+"""hydra's flags that print something instead of running."""
+
+PRIVATE_TMPDIR = "ASYPPO_PRIVATE_TMPDIR"
+"""If set, the command gets a temporary folder of its own, which is removed after it."""
 
 
 def setting(command: Sequence[str], key: str) -> str | None:
     """The value that an override has in a command; the last one counts, as in hydra."""
     values = [part.split("=", 1)[1] for part in command if part.lstrip("+").startswith(f"{key}=")]
     return values[-1] if values else None
+
+
+def is_question(command: Sequence[str]) -> bool:
+    """True if ``python -m MODULE ...`` asks hydra for something that it prints, without training."""
+    arguments = command[command.index("-m") + 2 :] if "-m" in command else []
+    return any(part.split("=", 1)[0] in QUESTIONS for part in arguments)
+
+
+def ask(command: Sequence[str]) -> NoReturn:
+    """Run the command, whose answer belongs on the terminal, and exit with its code."""
+    with private_tmpdir() as environment:
+        sys.exit(subprocess.run(command, env=environment).returncode)
+
+
+def last_step(command: Sequence[str]) -> int | None:
+    """The number that ``trainer.total_training_steps`` has in a command; None if the data decide (``null``)."""
+    value = (setting(command, "trainer.total_training_steps") or "").strip("'\"")
+    return int(value) if value.isdecimal() else None
 
 
 def prepare(run_dir: Path, command: Sequence[str]) -> None:
@@ -40,9 +67,8 @@ def prepare(run_dir: Path, command: Sequence[str]) -> None:
             step = latest_step(run_dir / "checkpoints")
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
-        last_step = setting(command, "trainer.total_training_steps")
-        resumes = step and last_step and step < int(last_step) and setting(command, "trainer.resume_mode") != "disable"
-        if resumes:
+        is_unfinished = step and ((last := last_step(command)) is None or step < last)
+        if is_unfinished and setting(command, "trainer.resume_mode") != "disable":
             print(f"resuming {run_dir} after step {step}")
             if metrics.exists():
                 metrics.rename(run_dir / "metrics.history.jsonl")
@@ -76,17 +102,55 @@ def merge_history(run_dir: Path) -> None:
     history.unlink()
 
 
+@contextlib.contextmanager
+def private_tmpdir() -> Iterator[dict[str, str]]:
+    """The environment for a command, with a ``TMPDIR`` of its own if :data:`PRIVATE_TMPDIR` asks for it."""
+    if not os.environ.get(PRIVATE_TMPDIR):
+        yield {**os.environ}
+        return
+    # A short name, since Ray's sockets lie below it; what is still being written to it must not keep it from going.
+    with tempfile.TemporaryDirectory(prefix="asyppo-ray-", ignore_cleanup_errors=True) as folder:
+        yield {**os.environ, "TMPDIR": folder}
+
+
+@contextlib.contextmanager
+def passing_on_signals(process: subprocess.Popen) -> Iterator[list[int]]:
+    """Ask ``process`` to end when this one is asked to; yields the list of the signals that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, _frame: Any) -> None:
+        received.append(number)
+        if len(received) == 1:  # a second one would interrupt Ray's clean-up
+            process.terminate()
+
+    # One that is ignored, as under nohup, stays so.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
-    """Run the command, all output into ``log``; returns its exit code."""
-    environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(run_dir / "metrics.jsonl"), "PYTHONUNBUFFERED": "1"}
+    """Run the command, all output into ``log``; returns its exit code, or 128 + n if signal n ended it."""
     tail: deque[str] = deque(maxlen=40)
     is_terminal = sys.stdout.isatty()
     print(f"starting Ray, verl and vLLM, about a minute; log in {run_dir / 'log'}", flush=True)
     with (
+        private_tmpdir() as environment,
         open(run_dir / "log", "a") as log,
         subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            env={**environment, "VERL_FILE_LOGGER_PATH": str(run_dir / "metrics.jsonl"), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,  # a terminal sends Ctrl-C to all of its group, and the command must get one signal
         ) as process,
+        passing_on_signals(process) as signals,
     ):
         assert process.stdout
         for line in process.stdout:
@@ -99,9 +163,12 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
             elif progress:
                 print(progress.group().rstrip(), end="\r" if is_terminal else "\n", flush=True)
         code = process.wait()
+    if signals:
+        print(f"ended by {signal.Signals(signals[0]).name}; the log is {run_dir / 'log'}", file=sys.stderr)
+        return 128 + signals[0]
     if code and not verbose:
         print("".join(tail), file=sys.stderr)
-        print(f"the run failed with exit code {code}; the whole log is {run_dir / 'log'}", file=sys.stderr)
+        print(f"the run failed with exit code {code}; the complete log is {run_dir / 'log'}", file=sys.stderr)
     return code
 
 
@@ -124,11 +191,13 @@ def main() -> None:
     usage = "python -m recipe.asyppo.console [-h] [--verbose] RUN_DIR -- COMMAND ..."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--verbose", action="store_true", help="show the whole log")
+    parser.add_argument("--verbose", action="store_true", help="show the complete log")
     separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     arguments, command = parser.parse_args(sys.argv[1:separator]), sys.argv[separator + 1 :]
     if not command:
         parser.error("a training command must follow --")
+    if is_question(command):
+        ask(command)
     prepare(arguments.run_dir, command)
     try:
         code = run(arguments.run_dir, command, verbose=arguments.verbose)

@@ -41,13 +41,12 @@ CPU=(
 if [ -z "${RAY_ADDRESS:-}" ]; then
     # Ray would keep records of 100,000 past calls for its dashboard, which is not started: a MiB a step.
     export RAY_task_events_report_interval_ms=0
-    RAY_DIR=$(mktemp -d -t asyppo-ray-XXXXXX)
-    trap 'rm -rf "$RAY_DIR"' EXIT
-    export TMPDIR=$RAY_DIR # vLLM and verl leave sockets and lock files behind in the temporary folder
+    # vLLM and verl leave lock files behind in the temporary folder: recipe.asyppo.console gives the run one of its own.
+    export ASYPPO_PRIVATE_TMPDIR=1
     # Ray counts ranks in logical GPUs, of which it may believe in any number, and needs about a dozen logical CPUs for verl's helper actors.
     CPU+=(
         +ray_kwargs.ray_init.address=local
-        +ray_kwargs.ray_init._temp_dir="$RAY_DIR"
+        '+ray_kwargs.ray_init._temp_dir=${oc.env:TMPDIR}'
         +ray_kwargs.ray_init.include_dashboard=False
         +ray_kwargs.ray_init.num_gpus=64
         ray_kwargs.ray_init.num_cpus=32

@@ -66,10 +66,13 @@ if [ "${VERL_PLATFORM:-}" = cpu ]; then
     source recipe/asyppo/cpu.sh
 fi
 
+CRITIC_TOKENS=${CRITIC_TOKENS:-36864}
+# verl's V1 trainer has one budget for its critic, under this name and no other.
+GAE=(algorithm.adv_estimator=gae +critic.ppo_infer_max_token_len_per_gpu="$CRITIC_TOKENS")
 case $ALGO in
     asyppo) ALGORITHM=(algorithm.adv_estimator=asyppo +asyppo.num_critics="${NUM_CRITICS:-2}") ;;
-    ppo) ALGORITHM=(algorithm.adv_estimator=gae) CRITIC_MODEL=$ACTOR_MODEL ;;
-    ppo_small_critic) ALGORITHM=(algorithm.adv_estimator=gae) ;;
+    ppo) ALGORITHM=("${GAE[@]}") CRITIC_MODEL=$ACTOR_MODEL ;;
+    ppo_small_critic) ALGORITHM=("${GAE[@]}") ;;
     grpo) ALGORITHM=(algorithm.adv_estimator=grpo critic.enable=False) ;;
     *)
         echo "ALGO=$ALGO is unknown; set asyppo, ppo, ppo_small_critic or grpo" >&2
@@ -112,6 +115,8 @@ ROLLOUT=(
     actor_rollout_ref.rollout.name=vllm
     actor_rollout_ref.rollout.n="$N"
     actor_rollout_ref.rollout.temperature=1.0
+    # vLLM starts only if its cache holds a sequence of this length; by default that is the model's, of 32,768 and more.
+    actor_rollout_ref.rollout.max_model_len=$((MAX_PROMPT + MAX_RESPONSE))
     actor_rollout_ref.rollout.tensor_model_parallel_size="${ROLLOUT_TP:-1}"
     actor_rollout_ref.rollout.gpu_memory_utilization="${GPU_MEMORY_UTILIZATION:-0.6}"
     actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu="${LOG_PROB_TOKENS:-36864}"
@@ -129,9 +134,8 @@ CRITIC=(
     critic.model.enable_gradient_checkpointing=True
     critic.optim.lr="${CRITIC_LR:-5e-6}"
     critic.use_dynamic_bsz=True
-    critic.ppo_max_token_len_per_gpu="${CRITIC_TOKENS:-36864}"
-    # The same budget for values: verl's own V1 trainer trains its one critic with the budget for values.
-    critic.forward_max_token_len_per_gpu="${CRITIC_TOKENS:-36864}"
+    critic.ppo_max_token_len_per_gpu="$CRITIC_TOKENS"
+    critic.forward_max_token_len_per_gpu="$CRITIC_TOKENS"
     critic.fsdp.fsdp_size="$CRITIC_FSDP_SIZE"
     critic.fsdp.ulysses_sequence_parallel_size="${CRITIC_SP:-1}"
     critic.fsdp.param_offload="${CRITIC_OFFLOAD:-False}"
@@ -161,6 +165,6 @@ TRAINER=(
     +ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH="$RUN_DIR/metrics.jsonl"
 )
 
-"$PYTHON" -m recipe.asyppo.console "$RUN_DIR" ${VERBOSE:+--verbose} -- \
+exec "$PYTHON" -m recipe.asyppo.console "$RUN_DIR" ${VERBOSE:+--verbose} -- \
     "$PYTHON" -m verl.trainer.main_ppo "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${CRITIC[@]}" \
     "${ALGORITHM[@]}" "${TRAINER[@]}" ${CPU[@]+"${CPU[@]}"} "$@"

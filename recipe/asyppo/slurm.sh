@@ -5,6 +5,8 @@
 #
 # Submit from the root of the repository, on storage that all nodes see, in the environment that asyppo_verl is installed
 # in. Set ALGO, RUN_DIR and so on before sbatch. When the script ends, the cluster ends with it.
+#   HEAD_ADDRESS     address of the first node that the others reach, where the one found is not the right one
+#   RAY_AUTH_MODE    token (the default), or disabled on a network that nobody else can reach
 #SBATCH --job-name=asyppo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -13,13 +15,21 @@
 #SBATCH --mem=0
 #SBATCH --output=%x-%j.log
 set -euo pipefail
+[ -f "${1:-}" ] || {
+    echo "usage: sbatch --nodes=N recipe/asyppo/slurm.sh SCRIPT [any verl override]${1:+ (there is no file $1)}" >&2
+    exit 2
+}
 export NNODES=${SLURM_JOB_NUM_NODES:?start this with sbatch}
 export N_GPUS=${N_GPUS:-${SLURM_GPUS_ON_NODE:-8}}
 PORT=${RAY_PORT:-6379}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 RAY=("$PYTHON" -m ray.scripts.scripts)
 # Without a token, a Ray cluster runs any code that anybody on its network sends.
-export RAY_AUTH_MODE=token
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+if [ "$RAY_AUTH_MODE" = token ] && ! "$PYTHON" -c 'from ray.exceptions import AuthenticationError' 2>/dev/null; then
+    echo "slurm.sh: the Ray of $PYTHON has no token authentication; update it, or set RAY_AUTH_MODE=disabled" >&2
+    exit 2
+fi
 RAY_AUTH_TOKEN=$("$PYTHON" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -35,8 +45,12 @@ start_ray() { # node, then arguments of ray start
 RAY_PIDS=()
 trap '[ ${#RAY_PIDS[@]} = 0 ] || kill "${RAY_PIDS[@]}" 2>/dev/null || true; wait' EXIT
 
-HEAD=$("${ON_NODE[@]}" --nodelist="${NODES[0]}" hostname --ip-address | awk '{print $1}')
-ADDRESS=$HEAD:$PORT
+# The addresses of the node's name, then those of all its interfaces. Other nodes cannot reach loopback or link-local ones.
+ADDRESSES=$("${ON_NODE[@]}" --nodelist="${NODES[0]}" bash -c 'hostname --ip-address; hostname --all-ip-addresses' || true)
+ROUTABLE=$(tr -s '[:space:]' '\n' <<< "$ADDRESSES" | grep -Eiv '^(127\.|169\.254\.|0\.|::1$|::$|fe[89ab].:|$)' || true)
+HEAD=${HEAD_ADDRESS:-$(grep -m 1 -v : <<< "$ROUTABLE" || head -n 1 <<< "$ROUTABLE")} # IPv4 first
+[ -n "$HEAD" ] || { echo "slurm.sh: no address of ${NODES[0]} can be reached from others; set HEAD_ADDRESS" >&2; exit 1; }
+case $HEAD in *:*) ADDRESS=[$HEAD]:$PORT ;; *) ADDRESS=$HEAD:$PORT ;; esac
 start_ray "${NODES[0]}" --head --node-ip-address="$HEAD" --port="$PORT" --include-dashboard=false
 for attempt in $(seq 60); do
     "${RAY[@]}" health-check --address "$ADDRESS" 2>/dev/null && break
@@ -62,4 +76,7 @@ while (found := int(ray.cluster_resources().get("GPU", 0))) < wanted:
 print(f"Ray cluster {address}: {found} GPUs on {len(ray.nodes())} nodes")
 WAIT
 export RAY_ADDRESS=$ADDRESS
-bash "$@"
+# In the background, so that a signal to this script ends the training before the cluster.
+bash "$@" &
+trap 'kill -TERM '$!' 2>/dev/null || true' TERM INT
+wait $! || wait $! # a signal ends the first wait only

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from recipe.asyppo.console import run, setting
+from recipe.asyppo.console import ask, is_question, run, setting
 from recipe.asyppo.evaluation import results
 from recipe.asyppo.evaluation.checkpoints import Source, as_huggingface, locate
 
@@ -111,8 +111,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write; default: evaluation/ in the run folder")
     parser.add_argument("--verbose", action="store_true", help="show the complete log")
     parser.add_argument("target", help="Hugging Face folder or hub name, checkpoint folder, or run folder")
-    parser.add_argument("overrides", nargs="*", help="verl overrides, which decide on data, sampling and hardware")
+    parser.add_argument(
+        "overrides", nargs=argparse.REMAINDER, help="verl overrides, which decide on data, sampling and hardware"
+    )
     arguments = parser.parse_args()
+    if is_question(arguments.overrides):
+        model = f"actor_rollout_ref.model.path={arguments.target}"
+        ask([sys.executable, "-m", "verl.trainer.main_ppo", model, *arguments.overrides])
     try:
         out = evaluate(arguments.target, arguments.out, arguments.overrides, verbose=arguments.verbose)
     except ValueError as error:

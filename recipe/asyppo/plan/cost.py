@@ -1,36 +1,76 @@
 """Work and time of a step: floating-point operations counted exactly, seconds estimated from the GPU's peak figures."""
 
+import dataclasses
+
 from recipe.asyppo.plan.memory import COMPUTE, cache_tokens
+from recipe.asyppo.plan.model import Model
 from recipe.asyppo.plan.settings import Settings
 
 CRITIC_PARTS = ("values", "critic update")
+
+TRAFFIC = {"forward": 75, "training": 350}
+"""Bytes a token, layer and unit of width that norms, rotary embedding, activations and residuals move: small models, whose
+matrix products are short, wait for them."""
 
 ASSUMPTIONS = (
     "Work: 2 operations a matrix element and token in a forward, 4 in a backward, 2 more for the layers' recomputation "
     "(not for the last matrix of each); attention apart (backward 2.5 x forward). The input embedding is a look-up.",
     "Every sequence has the mean length; a spread of lengths raises the attention part.",
     "A mini-critic evaluates every response, and trains on 1/M of them in each epoch.",
-    "Seconds of training = operations / (GPUs x peak x mfu), the same mfu for all models; small ones reach less.",
+    "Seconds of training = matrix products at matrix_use of the peak + attention at attention_use of it + memory traffic of "
+    "what goes element by element, a layer and token: 75 bytes in a forward, 350 in an update, for each of hidden + MLP + query "
+    "+ key. Fitted to critics of 0.6B, 1.7B and 4B on one H200 (benchmarks/plan_error.py); communication is taken as hidden.",
     "Seconds of generation are a rough estimate: weights are read once a decoding step, every token's cache at half of its "
     "final length on average; a step takes at least as many decoding steps as the longest response has tokens.",
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A model going over the batch, or over a part of it, or over it several times."""
+
+    model: Model
+    kind: str
+    """``forward`` or ``training``"""
+    times: float
+
+    def flops(self, tokens: float, squares: float) -> float:
+        """Operations; see :class:`Model` for the arguments, which are those of the batch."""
+        count = self.model.forward_flops if self.kind == "forward" else self.model.training_flops
+        return self.times * count(tokens, squares)
+
+    def seconds(self, tokens: float, squares: float, settings: Settings) -> float:
+        """Estimate for one GPU."""
+        machine, model = settings.machine, self.model
+        products = self.flops(tokens, 0) / settings.matrix_use + self.flops(0, squares) / settings.attention_use
+        width = model.hidden + model.intermediate + model.query + model.key
+        moved = self.times * tokens * model.layers * width * TRAFFIC[self.kind]
+        return products / machine.flops + moved / machine.bandwidth
+
+
+def passes(settings: Settings, algorithm: str) -> dict[str, list[Pass]]:
+    """What goes over the batch in each phase of a step, generation apart."""
+    actor, critics = settings.actor, settings.critics(algorithm)
+    found = {"old log-probs": [Pass(actor, "forward", 1)]}
+    if settings.reference:
+        found["reference"] = found["old log-probs"]
+    if critics:
+        found["values"] = [Pass(critic, "forward", 1) for critic in critics]
+        times = settings.critic_epochs / len(critics)
+        found["critic update"] = [Pass(critic, "training", times) for critic in critics]
+    found["actor update"] = [Pass(actor, "training", settings.actor_epochs)]
+    return found
+
+
+def _batch(settings: Settings) -> tuple[int, int]:
+    """Tokens of the batch, and the sum of its squared lengths."""
+    return settings.sequences * settings.mean_length, settings.sequences * settings.mean_length**2
+
+
 def work(settings: Settings, algorithm: str) -> dict[str, float]:
     """Operations of a step of all GPUs together, by phase."""
-    tokens = settings.sequences * settings.mean_length
-    squares = settings.sequences * settings.mean_length**2
-    actor, critics = settings.actor, settings.critics(algorithm)
-    share = 1 / max(len(critics), 1)
-    parts = {"old log-probs": actor.forward_flops(tokens, squares)}
-    if settings.reference:
-        parts["reference"] = parts["old log-probs"]
-    if critics:
-        parts["values"] = sum(critic.forward_flops(tokens, squares) for critic in critics)
-        once = sum(critic.training_flops(tokens * share, squares * share) for critic in critics)
-        parts["critic update"] = settings.critic_epochs * once
-    parts["actor update"] = settings.actor_epochs * actor.training_flops(tokens, squares)
-    return parts
+    batch = _batch(settings)
+    return {name: sum(each.flops(*batch) for each in phase) for name, phase in passes(settings, algorithm).items()}
 
 
 def critic_share(parts: dict[str, float]) -> float:
@@ -40,9 +80,10 @@ def critic_share(parts: dict[str, float]) -> float:
 
 def seconds(settings: Settings, algorithm: str) -> dict[str, float]:
     """Estimated seconds of a step, by phase, generation first."""
-    speed = settings.world * settings.machine.flops * settings.mfu
+    batch = _batch(settings)
     return {"generation": _generation(settings)} | {
-        name: flops / speed for name, flops in work(settings, algorithm).items()
+        name: sum(each.seconds(*batch, settings) for each in phase) / settings.world
+        for name, phase in passes(settings, algorithm).items()
     }
 
 

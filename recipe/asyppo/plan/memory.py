@@ -9,7 +9,8 @@ import dataclasses
 from recipe.asyppo.plan.model import Model
 from recipe.asyppo.plan.settings import GIB, Settings
 
-MASTER, GRADIENT, ADAM, COMPUTE, REDUCE = 4, 4, 8, 2, 4
+MOMENTS = 2
+MASTER, GRADIENT, ADAM, COMPUTE, REDUCE = 4, 4, 4 * MOMENTS, 2, 4
 """Bytes of a parameter: float32 master copy, its gradient, two Adam moments; bf16 for compute, float32 when reduced."""
 
 LOGIT = 2
@@ -35,6 +36,7 @@ ASSUMPTIONS = (
     "Every micro-batch is as large as its token budget.",
     "AdamW on sharded tensors goes parameter by parameter and needs no second copy.",
     "With offload, weights and moments of a model are on the GPU only while it works; a mini-critic at a time.",
+    "On the host they are pinned: torch takes the next power of two for the shard of every parameter, and for each moment.",
     "The reference lives on the host (verl forces it), and is streamed layer by layer.",
     "vLLM takes gpu_memory_utilization of the GPU in the rollout and nothing after it, beyond what the reserve covers.",
     "Weights go to vLLM before it takes its cache, so that this moment is below the rollout's.",
@@ -57,9 +59,14 @@ class Phase:
         return self.actor + self.critics + self.vllm + self.working
 
 
+def ranks(size: int, settings: Settings) -> int:
+    """GPUs that share a model's states, of ``fsdp_size``."""
+    return settings.world if size < 0 else min(size, settings.world)
+
+
 def shard(params: int, size: int, settings: Settings) -> float:
     """Parameters of a model on one GPU."""
-    return params / (settings.world if size < 0 else min(size, settings.world))
+    return params / ranks(size, settings)
 
 
 def states(model: Model, settings: Settings) -> float:
@@ -102,6 +109,11 @@ def update_working(model: Model, tokens: int, entropy: int = 0) -> float:
     return max(at_logits, in_layer, at_embedding)
 
 
+def update_budget(algorithm: str) -> str:
+    """The setting with the tokens of a critic's update: verl's own V1 trainer takes the one for values."""
+    return "critic_tokens" if algorithm == "asyppo" else "value_tokens"
+
+
 def phases(settings: Settings, algorithm: str) -> list[Phase]:
     """The phases of a step in their order."""
     actor, critics = settings.actor, settings.critics(algorithm)
@@ -124,23 +136,34 @@ def phases(settings: Settings, algorithm: str) -> list[Phase]:
         found.append(Phase("reference", actor_idle, critics_idle, working=working))
     if critics:
         found.append(Phase("values", actor_idle, **during("forward", "forward", settings.value_tokens)))
-        found.append(Phase("critic update", actor_idle, **during("update", "update", settings.critic_tokens)))
+        tokens = getattr(settings, update_budget(algorithm))
+        found.append(Phase("critic update", actor_idle, **during("update", "update", tokens)))
     working = update_working(actor, settings.actor_tokens, ENTROPY_UPDATE[settings.entropy_chunking])
     found.append(Phase("actor update", _held(actor, settings, "update"), critics_idle, working=working))
     return found
 
 
 def host_memory(settings: Settings, algorithm: str) -> float:
-    """Bytes of a node's memory that offloaded models take."""
-    offloaded = [model for model in settings.critics(algorithm) if settings.critic_offload]
-    total = sum((MASTER + ADAM) * shard(model.params, settings.critic_fsdp_size, settings) for model in offloaded)
-    actor = shard(settings.actor.params, settings.actor_fsdp_size, settings)
-    total += (MASTER + ADAM) * actor * settings.actor_offload + MASTER * actor * settings.reference
-    return total * settings.gpus
+    """Bytes of a node's memory that offloaded models take, pinned by torch."""
+    critics = settings.critics(algorithm) if settings.critic_offload else []
+    total = sum((1 + MOMENTS) * _pinned(critic, settings.critic_fsdp_size, settings) for critic in critics)
+    copies = (1 + MOMENTS) * settings.actor_offload + settings.reference
+    return (total + copies * _pinned(settings.actor, settings.actor_fsdp_size, settings)) * settings.gpus
+
+
+def _pinned(model: Model, size: int, settings: Settings) -> int:
+    """Pinned bytes of a GPU's float32 copy of a model: torch gives each tensor's shard the next power of two."""
+    sizes = [
+        (count, MASTER * -(-rows // ranks(size, settings)) * width) for count, rows, width in model.tensors if count
+    ]
+    return sum(count * (1 << (bytes_ - 1).bit_length()) for count, bytes_ in sizes)
 
 
 def cache_tokens(settings: Settings) -> int:
-    """Tokens that the key-value cache of one vLLM replica holds; 0 or less if the weights alone are too large."""
+    """Tokens that the key-value cache of one vLLM replica holds; 0 or less if the weights alone are too large.
+
+    vLLM does not start with fewer than ``rollout.max_model_len``, which the recipe sets to the longest sequence.
+    """
     actor, split = settings.actor, settings.tensor_parallel
     share = settings.gpu_memory_utilization * settings.machine.memory * GIB
     return int((share - COMPUTE * actor.params / split - VLLM_OVERHEAD) * split / actor.kv_bytes)

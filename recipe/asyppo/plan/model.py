@@ -46,11 +46,33 @@ class Model:
         return 2 * self.hidden * (self.query + self.key) + 3 * self.hidden * self.intermediate
 
     @property
+    def layer_tensors(self) -> list[tuple[int, int, int]]:
+        """Parameters of one layer as (number of them, rows, width); FSDP shards the rows."""
+        return [
+            (1, self.query, self.hidden),
+            (2, self.key, self.hidden),
+            (1, self.hidden, self.query),
+            (2, self.intermediate, self.hidden),
+            (1, self.hidden, self.intermediate),
+            (2, self.hidden, 1),
+            (2 * self.qk_norm, self.head_dim, 1),
+            (self.qkv_bias, self.query, 1),
+            (2 * self.qkv_bias, self.key, 1),
+            (self.o_bias + self.mlp_bias, self.hidden, 1),
+            (2 * self.mlp_bias, self.intermediate, 1),
+        ]
+
+    @property
+    def tensors(self) -> list[tuple[int, int, int]]:
+        """All parameters in the same form, a tied embedding once."""
+        layers = [(self.layers * count, rows, width) for count, rows, width in self.layer_tensors]
+        head = [(1, 1, self.hidden), (1, 1, 1)] if self.value_head else [(int(not self.tied), self.vocab, self.hidden)]
+        return [*layers, (1, self.vocab, self.hidden), (1, self.hidden, 1), *head]
+
+    @property
     def layer(self) -> int:
         """Parameters of one layer."""
-        biases = self.qkv_bias * (self.query + 2 * self.key) + self.o_bias * self.hidden
-        biases += self.mlp_bias * (2 * self.intermediate + self.hidden)
-        return self.layer_matrices + biases + self.qk_norm * 2 * self.head_dim + 2 * self.hidden
+        return sum(count * rows * width for count, rows, width in self.layer_tensors)
 
     @property
     def embedding(self) -> int:
@@ -59,8 +81,7 @@ class Model:
     @property
     def params(self) -> int:
         """All parameters, a tied embedding counted once."""
-        head = self.hidden + 1 if self.value_head else (0 if self.tied else self.embedding)
-        return self.embedding + self.layers * self.layer + self.hidden + head
+        return sum(count * rows * width for count, rows, width in self.tensors)
 
     @property
     def kv_bytes(self) -> int:

@@ -66,11 +66,11 @@ class Plan:
         }
 
 
-def cure(plan: Plan) -> dict[str, Any] | None:
+def fix(plan: Plan) -> dict[str, Any] | None:
     """Changes of settings, found one after the other, with which the plan fits; None if none of those known is enough."""
     changes: dict[str, Any] = {}
     while not plan.fits:
-        change = next(_cures(plan), None)
+        change = next(_fixes(plan), None)
         if change is None:
             return None
         changes |= change
@@ -78,7 +78,7 @@ def cure(plan: Plan) -> dict[str, Any] | None:
     return changes
 
 
-def _cures(plan: Plan) -> Iterator[dict[str, Any]]:
+def _fixes(plan: Plan) -> Iterator[dict[str, Any]]:
     """Single changes that relieve the tightest phase, the cheapest first."""
     settings, phase = plan.settings, plan.tightest
     share = settings.gpu_memory_utilization
@@ -92,6 +92,8 @@ def _cures(plan: Plan) -> Iterator[dict[str, Any]]:
             yield {"gpu_memory_utilization": round(share - 0.05, 2)}
     else:
         budget, ranks = TOKENS[phase.name]
+        if phase.name == "critic update":
+            budget = memory.update_budget(plan.algorithm)
         least = -(-settings.longest // getattr(settings, ranks))
         if getattr(settings, budget) > least:
             yield {budget: max(least, getattr(settings, budget) // 2)}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from recipe.asyppo.plan import cost, memory
-from recipe.asyppo.plan.plan import Plan, cure
+from recipe.asyppo.plan.plan import Plan, fix
 from recipe.asyppo.plan.settings import ALGORITHMS, GIB, Settings
 
 
@@ -58,7 +58,7 @@ def _verdict(plan: Plan) -> str:
     why = f"does not fit: {phase.name} needs {phase.total / GIB:.1f} of {limit:.1f} GiB"
     if plan.cache_too_small:
         why = f"does not fit: vLLM's cache holds {max(memory.cache_tokens(plan.settings), 0)} tokens, less than one sequence"
-    changes = cure(plan)
+    changes = fix(plan)
     if changes is None:
         return f"{name}{why}; use more GPUs (--nodes), or GPUs with more memory"
     return f"{name}{why}; it fits with " + " ".join(_option(*change) for change in changes.items())

@@ -62,10 +62,12 @@ class Settings:
     actor_tokens: int = _setting(18432, "actor.ppo_max_token_len_per_gpu")
     log_prob_tokens: int = _setting(36864, "rollout.log_prob_max_token_len_per_gpu, and that of ref")
     critic_tokens: int = _setting(36864, "critic.ppo_max_token_len_per_gpu")
-    value_tokens: int = _setting(36864, "critic.forward_max_token_len_per_gpu")
+    value_tokens: int = _setting(
+        36864, "critic.forward_max_token_len_per_gpu; with ALGO=ppo critic.ppo_infer_max_token_len_per_gpu, updates too"
+    )
     entropy_chunking: bool = _setting(False, "actor.entropy_from_logits_with_chunking")
-    actor_sp: int = _setting(1, "actor.ulysses_sequence_parallel_size, and that of ref")
-    critic_sp: int = _setting(1, "critic.ulysses_sequence_parallel_size")
+    actor_sp: int = _setting(1, "actor.fsdp_config.ulysses_sequence_parallel_size, and that of ref")
+    critic_sp: int = _setting(1, "critic.fsdp.ulysses_sequence_parallel_size")
     actor_fsdp_size: int = _setting(-1, "GPUs that share the actor's states (actor.fsdp_config.fsdp_size); -1: all")
     critic_fsdp_size: int = _setting(-1, "GPUs that share a critic's states (critic.fsdp.fsdp_size); -1: all")
     actor_offload: bool = _setting(False, "param_offload and optimizer_offload of the actor")
@@ -74,7 +76,8 @@ class Settings:
     tensor_parallel: int = _setting(1, "rollout.tensor_model_parallel_size")
     gpu_memory_utilization: float = _setting(0.6, "share of a GPU that vLLM takes (rollout.gpu_memory_utilization)")
     max_num_seqs: int = _setting(256, "sequences that vLLM runs at once (rollout.max_num_seqs)")
-    mfu: float = _setting(0.4, "share of the GPU's peak that training reaches; an assumption")
+    matrix_use: float = _setting(0.75, "share of the GPU's peak that matrix products reach; fitted on an H200")
+    attention_use: float = _setting(0.3, "share of it that attention reaches; fitted on an H200")
     bandwidth_use: float = _setting(0.6, "share of the memory bandwidth that generation reaches; an assumption")
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class Settings:
         _require(self.hardware in HARDWARE, "hardware", self.hardware, f"use one of {', '.join(sorted(HARDWARE))}")
         for name in ("gpu_memory", "reserve"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "give GiB, 0 or more")
-        for name in ("gpu_memory_utilization", "mfu", "bandwidth_use"):
+        for name in ("gpu_memory_utilization", "matrix_use", "attention_use", "bandwidth_use"):
             _require(getattr(self, name) <= 1, name, getattr(self, name), "give a share above 0 and at most 1")
         for name in ("prompt_length", "response_length"):
             mean = getattr(self, f"mean_{name}")
@@ -168,6 +171,6 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _require(holds: bool, name: str, value: Any, cure: str) -> None:
+def _require(holds: bool, name: str, value: Any, fix: str) -> None:
     if not holds:
-        raise ValueError(f"{_option(name)}={value} is not possible: {cure}")
+        raise ValueError(f"{_option(name)}={value} is not possible: {fix}")

@@ -4,8 +4,8 @@ math-verify alone accepts 105 of 361 wrong answers: its parser drops what it can
 symbols) and makes r of R, and its comparison is absolute, to 15 digits: 1/2^80 = 1/2^81 (Math-Verify issues 14, 41, 60, 64).
 So here an expression is read in full or not at all, and values agree to 50 digits, at five points where there are symbols.
 
-sympy can run for hours or fill the memory on ten characters, in C code that no signal handler stops. So a child answers;
-the kernel ends it when an answer takes too long (SIGALRM) and caps its memory, and the next one is forked in milliseconds.
+sympy can run for hours or fill the memory on ten characters, in C code that no signal handler stops. So it runs in a process
+of its own, whose memory the kernel caps, and which the kernel ends when an answer takes too long (SIGALRM).
 """
 
 import json
@@ -18,7 +18,7 @@ import signal
 import sys
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, TextIO
+from typing import Any
 
 import sympy
 from latex2sympy2_extended import latex2sympy
@@ -33,7 +33,7 @@ from recipe.asyppo.reward.answer_text import ARGUMENT, number
 # Misread without an error: words, 5 6 (as 5 + 6), u x v, n!! and gcd(m, n) (as u v, (n!)! and 1), 1011_2 (as 1011), A^T,
 # f^{(n)} and f^{-1}(x) (as A, f^n and 1/f).
 UNREADABLE = re.compile(
-    r"\\(?:text|circ|mod|partial|nabla)(?![a-z])|\d \d|\d_|%|!!|\\vec.*\\times|[^\W\d_]\\times ?[^\W\d_]"
+    r"\\(?:text|circ|mod|partial|nabla)(?![a-z])|\d \d|\d[eE][+-]?\d|\d_|%|!!|\\vec.*\\times|[^\W\d_]\\times ?[^\W\d_]"
     r"|\\(?:gcd|lcm)\([^()]*[a-z]|[A-Z]\^\{\\?(?:[Tc*]|top|ast|dagger)\}|[A-Za-z]\^\{\(\w+\)\}|(?<![\\A-Za-z])[f-h]\^\{-1\}\("
 )
 # Sines of degrees; f' is a name of its own, and E and I are names, not Euler's number and the imaginary unit.
@@ -117,9 +117,8 @@ def equal(truth: str, answer: str) -> bool:
         return truth.casefold() == answer.casefold()
     if sorted(WORD.findall(truth)) != sorted(WORD.findall(answer)):
         return False
-    if r"\{" in (truth[:2], answer[:2]) and re.search(
-        r"^\((?:[^()]|\([^()]*\))*\)$", f"{truth}\n{answer}", re.MULTILINE
-    ):
+    # A set in braces is not a pair.
+    if {truth[:1], answer[:1]} == {"\\", "("} and r"\}" in truth + answer and (truth + answer).count("(") == 1:
         return False
     pairs = not INTERVAL.search(truth + answer)
     parsed = _parse(truth, pairs), _parse(answer, pairs)
@@ -157,21 +156,20 @@ def _draw(name: str, point: int) -> sympy.Expr:
 
 def _value(expression: sympy.Expr, point: int) -> sympy.Expr | None:
     """The value of ``expression`` at a point: exact if it is rational, else to 60 digits; None where it has none."""
-    value = expression.replace(
-        lambda part: isinstance(part, AppliedUndef),
-        # An unknown function: equal for equal arguments.
-        lambda call: sympy.sin(sum(_draw(f"f{call.func} {i}", point) * x for i, x in enumerate((1, *call.args)))),
-    )
+    # An unknown function has equal values for equal arguments.
+    calls = {
+        call: sympy.sin(sum(_draw(f"{call.func}() {i}", point) * x for i, x in enumerate((1, *call.args))))
+        for call in expression.atoms(AppliedUndef)
+    }
+    value = expression.xreplace(calls)
     value = value.xreplace({symbol: _draw(symbol.name, point) for symbol in value.free_symbols}).doit()
     value = value if value.is_Rational else value.evalf(60)
     return value if value.is_finite and all(part.is_Number for part in value.as_real_imag()) else None
 
 
 def _same(true: Any, value: Any) -> bool:
-    true, value = (
-        sympy.Tuple(*(sympy.Tuple(*row) for row in part.tolist())) if isinstance(part, sympy.MatrixBase) else part
-        for part in (true, value)
-    )
+    if isinstance(true, sympy.MatrixBase) and isinstance(value, sympy.MatrixBase):
+        return true.shape == value.shape and all(map(_same, true, value))
     many, statements = (sympy.Tuple, sympy.FiniteSet), (sympy.Set, Relational, BooleanFunction)
     if isinstance(true, many) or isinstance(value, many):
         return _same_parts(*(part if isinstance(part, many) else sympy.FiniteSet(part) for part in (true, value)))
@@ -208,8 +206,9 @@ def _same(true: Any, value: Any) -> bool:
 def _same_parts(true: Any, value: Any) -> bool:
     """Tuples in their order, sets in any; in its order a set beside a tuple, or with names beside one without."""
     tuples = [isinstance(side, sympy.Tuple) for side in (true, value)]
-    sides = [list(getattr(side, "_unsorted_args", side.args)) for side in (true, value)]
-    sides = [side if is_tuple else list(dict.fromkeys(side)) for side, is_tuple in zip(sides, tuples, strict=True)]
+    # A set of the parser keeps the order, and what is written twice.
+    parts = [getattr(side, "_unsorted_args", side.args) for side in (true, value)]
+    sides = [list(one) if ordered else list(dict.fromkeys(one)) for one, ordered in zip(parts, tuples, strict=True)]
     if tuples[0] != tuples[1]:
         sides = [[part for part in side if str(part) != "Lambda_{oo}"] for side in sides]
     if len(sides[0]) != len(sides[1]):
@@ -225,9 +224,21 @@ def _same_parts(true: Any, value: Any) -> bool:
     return True
 
 
-def answer_questions(requests: TextIO, replies: TextIO, seconds: float) -> None:
-    """Reply to every line ``[truth, answer]`` until the end of input."""
-    for line in iter(requests.readline, ""):
+def main() -> None:
+    """Answer every line ``[truth, answer]`` until the end of input; the kernel ends this process at a limit."""
+    seconds, megabytes = float(sys.argv[1]), int(sys.argv[2])
+    # The parent may have been started with these ignored or blocked, and both are inherited.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.CRITICAL)
+    # Nothing that a library prints may disturb the protocol.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    equal(r"\frac{1}{2}", r"\sqrt{x^{2}}+3")  # loads the grammar
+    print("ready", file=replies, flush=True)
+    resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+    for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             verdict = equal(*json.loads(line))
@@ -236,34 +247,6 @@ def answer_questions(requests: TextIO, replies: TextIO, seconds: float) -> None:
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=replies, flush=True)
-
-
-def main() -> None:
-    """Keep one child that answers; where it ends with a question unanswered, reply null and fork the next."""
-    seconds, megabytes = float(sys.argv[1]), int(sys.argv[2])
-    # The parent may have been started with these ignored or blocked, and both are inherited.
-    for number_, action in (
-        (signal.SIGCHLD, signal.SIG_DFL),
-        (signal.SIGALRM, signal.SIG_DFL),
-        (signal.SIGINT, signal.SIG_IGN),
-    ):
-        signal.signal(number_, action)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    logging.disable(logging.CRITICAL)
-    # Nothing that a library prints or reads may disturb the protocol.
-    requests, replies = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(0, 1)
-    equal(r"\frac{1}{2}", r"\sqrt{x^{2}}+3")  # loads the grammar before the first fork
-    print("ready", file=replies, flush=True)
-    while True:
-        if os.fork() == 0:
-            resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
-            answer_questions(requests, replies, seconds)
-            os._exit(0)
-        if os.wait()[1] == 0:
-            return
-        print("null", file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from recipe.asyppo.reward.answer_text import last_boxed, number, plain
 if importlib.util.find_spec("math_verify") is None:
     # Raised in a call it would be one more response without a score: verl logs that, and trains on.
     raise ImportError(
-        "recipe.asyppo.reward.math_reward needs math-verify, which is not installed: pip install 'verl[vllm,fsdp,math]==0.9.1', "
-        "or only pip install 'math-verify[antlr4_9_3]', on every node"
+        "recipe.asyppo.reward.math_reward needs math-verify, which is not installed: on every node, "
+        "pip install 'verl[vllm,fsdp,math]==0.9.1', or only pip install 'math-verify[antlr4_9_3]'"
     )
-
 # Longer than any ground truth by far; a longer answer is wrong without being read.
 LONGEST_ANSWER = 1000
 
@@ -36,19 +35,19 @@ class Graders:
     """Grading processes, each started when first needed, for any number of threads."""
 
     def __init__(self, processes: int, seconds: float, megabytes: int) -> None:
-        limits = {"processes": processes, "seconds": seconds, "megabytes": megabytes}
-        for name, value in limits.items():
-            whole = name != "seconds"
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < 1e9:
-                kind = "whole number" if whole else "number"
-                raise ValueError(f"reward_kwargs.{name}={value!r} of the reward must be a {kind} above 0")
+        for name, value in {"processes": processes, "seconds": seconds, "megabytes": megabytes}.items():
+            kinds = (int, float) if name == "seconds" else (int,)
+            if type(value) not in kinds or not 0 < value < 1e9:
+                raise ValueError(
+                    f"reward_kwargs.{name}={value!r} must be a {'number' if len(kinds) > 1 else 'whole number'} above 0"
+                )
         self._command = [sys.executable, "-P", "-m", "recipe.asyppo.reward.grader", str(seconds), str(megabytes)]
         self._own = threading.local()
         # A thread of its own per process: the executor's queue serves whoever has waited longest.
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="grading")
 
     def equal(self, truth: str, answer: str) -> bool | None:
-        """Equality of two plain answers; None where time or memory did not suffice, or the process was killed."""
+        """Equality of two plain answers; None where the process ended: time or memory did not suffice."""
         return self._threads.submit(self._ask, truth, answer).result()
 
     def _start(self) -> subprocess.Popen:
@@ -56,9 +55,9 @@ class Graders:
         paths = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths)
         if process.stdout is None or process.stdout.readline() != "ready\n":
+            command = " ".join(self._command)
             raise RuntimeError(
-                f"the grading process ended at its start (exit status {process.wait()}): `{' '.join(self._command)}`; the "
-                "reason is above, most often that math-verify is missing: pip install 'math-verify[antlr4_9_3]'"
+                f"`{command}` ended at its start; the reason is above: pip install 'math-verify[antlr4_9_3]'?"
             )
         return process
 
@@ -89,11 +88,7 @@ def compute_score(
     megabytes: int = 1024,
     **others: Any,
 ) -> dict[str, float | str]:
-    """Score one response.
-
-    Args:
-        ground_truth: the answer, without a box.
-        processes, seconds, megabytes: grading processes of this reward worker, and the limits of one answer.
+    """Score one response with grading processes that have ``seconds`` and ``megabytes`` for one answer.
 
     Returns:
         ``score`` and ``acc`` (0 or 1), ``pred`` (the answer in plain notation, empty without one, by which verl's
