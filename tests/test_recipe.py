@@ -85,8 +85,7 @@ def validated(overrides: list[str], yaml: Path | None = None):
     return config
 
 
-@pytest.mark.parametrize("platform", ["", "cpu"])
-@pytest.mark.parametrize("gpu_gb", ["80", "141"])
+@pytest.mark.parametrize(("gpu_gb", "platform"), [("80", ""), ("141", "cpu")])
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_script_is_a_valid_configuration(root, toy, tmp_path, size, algo, gpu_gb, platform):
