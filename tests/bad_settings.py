@@ -62,7 +62,7 @@ SETTINGS = [
     (f"{OWN}.use_dynamic_bsz=maybe", ["critic_overrides.1.use_dynamic_bsz='maybe'", "True or False"]),
     (
         f"{OWN}.use_dynamic_bsz=False {OWN}.ppo_micro_batch_size_per_gpu=3",
-        ["critic.forward_micro_batch_size_per_gpu=3", "divisor of 32"],
+        ["forward_micro_batch_size_per_gpu=3", "divisor of 32"],
     ),
     (
         f"{OWN}.use_dynamic_bsz=False",

@@ -342,7 +342,7 @@ def test_law_7_fillers_neither_move_nor_scale_an_update(pair, single, compose, l
     for group in (pair, single):
         group.reset()
         group.set_loss_fn(loss)
-        group.set_batching(use_dynamic_bsz=False, micro_batch_size_per_gpu=1)
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=24)
     steps = [train(single, 0, rows(*step)) for step in (first, second)]
     filled = rows(*first[:3], *second[:3], *first[3:], *second[3:], filler)
     told = ((3, 3), (3, 2))
@@ -385,7 +385,7 @@ def test_in_bf16_loss_and_gradients_are_those_of_float32(half_precision, single)
     found = []
     for group in (half_precision, single):
         group.reset()
-        group.set_batching(use_dynamic_bsz=False, micro_batch_size_per_gpu=10)
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=64)
         found.append(train(group, 0, data))
     half, exact = found
     assert half["critic/vf_loss"][0] == pytest.approx(exact["critic/vf_loss"][0], rel=0.01)

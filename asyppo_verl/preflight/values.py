@@ -120,7 +120,7 @@ def check_values(run: Run) -> Iterator[str]:
 
 
 def check_batches(run: Run) -> None:
-    """Refuse mini-batches that the critics' shards and ranks cannot divide, and micro-batches that the longest row exceeds."""
+    """Refuse mini-batches that the critics' ranks cannot divide, and token budgets that the longest row exceeds."""
     critic, n = run.config.critic, run.config.actor_rollout_ref.rollout.n
     mini_batch, micro_batch, infer = critic.ppo_mini_batch_size, 1, None
     if critic.use_dynamic_bsz:
