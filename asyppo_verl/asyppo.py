@@ -1,5 +1,5 @@
 """AsyPPO, the method, step by step (Liu et al., "Asymmetric Proximal Policy Optimization: Mini-Critics Boost LLM Reasoning",
-arXiv 2510.01656). What a step of training does to a batch of responses:
+arXiv 2510.01656). A step of training, on a batch of responses:
 
 1. :func:`assign_shards`: every response of a group goes to one mini-critic, which alone will train on it.
 2. :func:`ensemble_value`: all critics evaluate all responses; their mean is the value, their standard deviation is sigma.

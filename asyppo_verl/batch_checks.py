@@ -1,13 +1,22 @@
-"""Batches that nothing should be trained on: each is refused before any weight moves, with the step and the cure."""
+"""Batches that nothing should be trained on, and critics that learn nothing: each stops the run, with step and remedy."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+TIED = 0.1
+"""Share of the masked tokens that ties may decide without a warning."""
+
+STEPS_WITHOUT_UPDATE = 3
+"""Steps in a row in which a critic may make no finite update."""
+
 
 def check_rollouts(keys: Sequence[str], step: int) -> None:
-    """Raises ValueError if no rollout gave a row."""
+    """Raise ValueError if no rollout gave a row."""
     if not keys:
         raise ValueError(
             f"step {step} has no response at all: every rollout failed. The log says why; look at the agent loop, the reward "
@@ -16,7 +25,7 @@ def check_rollouts(keys: Sequence[str], step: int) -> None:
 
 
 def check_responses(is_response_N: Tensor, step: int) -> None:
-    """Raises ValueError if no row has a response token."""
+    """Raise ValueError if no row has a response token."""
     if not is_response_N.any():
         raise ValueError(
             f"step {step} has no response token to train on: every response is empty or masked. Look at the stop tokens, "
@@ -25,7 +34,7 @@ def check_responses(is_response_N: Tensor, step: int) -> None:
 
 
 def check_values(values_MN: Tensor, step: int) -> None:
-    """Raises ValueError if a mini-critic gave a value that is not finite."""
+    """Raise ValueError if a mini-critic gave a value that is not finite."""
     for index, values_N in enumerate(values_MN):
         if not torch.isfinite(values_N).all():
             raise ValueError(
@@ -35,7 +44,7 @@ def check_values(values_MN: Tensor, step: int) -> None:
 
 
 def check_returns(returns_N: Tensor, is_response_N: Tensor, keys: Sequence[str], offsets: Tensor, step: int) -> None:
-    """Raises ValueError if a return is not finite: as the values are, the rewards cannot be.
+    """Raise ValueError if a return is not finite: as the values are, the rewards cannot be.
 
     Args:
         returns_N, is_response_N: over the response positions of all rows.
@@ -49,3 +58,30 @@ def check_returns(returns_N: Tensor, is_response_N: Tensor, keys: Sequence[str],
             "nothing was trained on them. Let the reward function (reward.custom_reward_function.path) or reward model "
             "return finite numbers, and resume from the last checkpoint"
         )
+
+
+def check_updates(index: int, idle: int, step: int) -> None:
+    """Raise ValueError if a mini-critic's updates were all skipped for some steps in a row.
+
+    Args:
+        index: of the critic.
+        idle: for how many steps now, including this one.
+        step: this one.
+    """
+    if idle >= STEPS_WITHOUT_UPDATE:
+        raise ValueError(
+            f"mini-critic {index} made no finite update in steps {step - idle + 1} to {step}: all its gradients were infinite "
+            f"or nan. Lower critic.optim.lr (or asyppo.critic_overrides.{index}.optim.lr), or raise its lr_warmup_steps, and "
+            "resume from a checkpoint before these steps"
+        )
+
+
+def warn_of_ties(share: float, step: int) -> bool:
+    """Warn if ties decided too many of the masked tokens; True if so."""
+    if share > TIED:
+        logger.warning(
+            f"step {step}: ties in sigma decided {share:.0%} of the masked tokens (asyppo/sigma/tied), by the order of rows: "
+            "the critics are nearly equal. Let them differ: other heads (asyppo.head_seed), other models "
+            "(asyppo.critic_overrides.<m>.model.path), asyppo.shard=group"
+        )
+    return share > TIED

@@ -1,8 +1,10 @@
 """The mini-critics: M value models behind verl's one critic role, each a verl ``TrainingWorker`` of its own."""
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +24,19 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
 
 from asyppo_verl import value_model
-from asyppo_verl.checkpoint import check_checkpoint, critic_folders
+from asyppo_verl.checkpoint import Model, check_critics, check_files, critic_folders
 
 CRITIC_ID = "asyppo_critic_id"
 """Batch-level field: the mini-critic that a training call is for."""
+
+RESPONSES = "asyppo_responses"
+"""Batch-level field of a training call: numbers of rows per step and rank that are responses, before fillers; or None."""
 
 MESH = "train"
 """verl's name for the data-parallel layout of a critic's ranks."""
 
 VALUE_PREFIX = "asyppo_values_"
-"""How the names of the fields with the single critics' values begin."""
+"""Prefix of the fields with the single critics' values."""
 
 
 def value_field(index: int) -> str:
@@ -41,7 +46,7 @@ def value_field(index: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MiniCriticSpec:
-    """How one mini-critic is built."""
+    """Settings of one mini-critic's worker."""
 
     worker: TrainingWorkerConfig
     """Model, engine, optimizer and checkpoint settings, as verl's critic has them."""
@@ -115,6 +120,56 @@ def share_groups(group: RayWorkerGroup, shares: int) -> list[RayWorkerGroup]:
     ]
 
 
+class MiniCritic(TrainingWorker):
+    """verl's worker with a value head in float32, and with fillers kept out of normalisers and of shuffling."""
+
+    _step_sizes: Iterator[int] | None = None
+
+    def reset(self) -> None:
+        """Build the model, its head in float32."""
+        super().reset()
+        value_model.use_float32_head(self.engine.module)
+
+    def train(self, data: TensorDict, responses: Sequence[Sequence[int]] | None) -> TensorDict | None:
+        """verl's ``train_mini_batch`` on rows of which ``responses[i][r]`` of rank r in step i are no fillers (None: all)."""
+        if responses is None:
+            return self.train_mini_batch(data)
+        self._step_sizes = itertools.cycle(map(sum, responses))
+        rank, loader = self.engine.get_data_parallel_rank(), tu.pop(data, "dataloader_kwargs")
+        if loader.pop("shuffle"):
+            rows_per_step = len(data) // len(responses)
+            seed = tu.get(data, "seed") + rank
+            loader["sampler"] = ShuffledResponses([step[rank] for step in responses], rows_per_step, seed)
+        tu.assign_non_tensor_data(data, "dataloader_kwargs", loader)
+        try:
+            return self.train_mini_batch(data)
+        finally:
+            self._step_sizes = None
+
+    def train_batch(self, data: TensorDict) -> TensorDict | None:
+        """Make one optimizer step, of which the seq-mean modes divide by the number of responses."""
+        if self._step_sizes is not None:
+            tu.assign_non_tensor_data(data, "global_batch_size", next(self._step_sizes))
+        return super().train_batch(data)
+
+
+class ShuffledResponses:
+    """Row numbers of one rank, in which the responses change places in every pass and the fillers keep theirs."""
+
+    def __init__(self, responses: Sequence[int], rows_per_step: int, seed: int) -> None:
+        self._is_response = torch.arange(rows_per_step) < torch.tensor(responses)[:, None]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self._is_response.numel()
+
+    def __iter__(self) -> Iterator[int]:
+        rows = torch.arange(len(self)).view_as(self._is_response)
+        responses = rows[self._is_response]
+        rows[self._is_response] = responses[torch.randperm(len(responses), generator=self._generator)]
+        return iter(rows.flatten().tolist())
+
+
 _TRAIN = make_nd_compute_dataproto_dispatch_fn(mesh_name=MESH)
 
 
@@ -135,7 +190,9 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         value_model.install(verl.utils.model)
         is_split = self.shares > 1
         held = [_join_share(self.rank, self.world_size, self.shares)] if is_split else range(len(self.specs))
-        self.critics = {index: TrainingWorker(self.specs[index].worker) for index in held}
+        # One critic is verl's, to the last bit.
+        critic = MiniCritic if len(self.specs) > 1 else TrainingWorker
+        self.critics = {index: critic(self.specs[index].worker) for index in held}
         self.set_dispatch_collect(mesh_name=MESH, **self.critics[held[0]].get_dispatch_collect())
         # A process has one profiler: what verl starts and stops is what the critics' own steps are noted in.
         DistProfilerExtension.__init__(self, self.critics[held[0]].profiler)
@@ -159,7 +216,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
 
     @register(dispatch_mode=_TRAIN, blocking=False)
     def infer_batch(self, data: TensorDict) -> TensorDict | None:
-        """Every critic of this rank evaluates the whole batch.
+        """Let every critic of this rank evaluate the batch.
 
         Returns:
             A field per critic (:func:`value_field`), jagged (B, T) on response positions; None on ranks that verl does not
@@ -176,9 +233,10 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
     @register(dispatch_mode=_TRAIN, blocking=False)
     def train_mini_batch(self, data: TensorDict) -> TensorDict | None:
         """Train the one critic named by the batch-level field :data:`CRITIC_ID` on this batch, around its own values."""
-        index = tu.pop(data, CRITIC_ID)
+        index, responses = tu.pop(data, CRITIC_ID), tu.pop(data, RESPONSES)
         data["values"] = data.pop(value_field(index))
-        return self.critics[index].train_mini_batch(data)
+        critic = self.critics[index]
+        return critic.train(data, responses) if isinstance(critic, MiniCritic) else critic.train_mini_batch(data)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_checkpoint(
@@ -195,10 +253,13 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         """Load every critic from ``critic_<m>``.
 
         Raises:
-            ValueError: if the folders do not fit this run's critics and their ranks, before anything is loaded.
+            ValueError: if the folders do not fit this run's critics and this rank, before anything is loaded.
         """
-        ranks = torch.distributed.get_world_size()
-        check_checkpoint(local_path, len(self.specs), held=self.critics, ranks=ranks)
+        check_critics(Path(local_path), len(self.specs), held=self.critics)
+        ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        for folder, _, critic in self._folders(local_path, None):
+            contents = critic.checkpoint_config.load_contents
+            check_files(Model(Path(folder), ranks, contents), [rank])
         for folder, remote, critic in self._folders(local_path, hdfs_path):
             critic.load_checkpoint(folder, remote, del_local_after_load)
 
@@ -213,7 +274,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
 def _join_share(rank: int, world_size: int, shares: int) -> int:
     """Make the process group of this rank's share torch's default, so that FSDP never looks beyond it.
 
-    The shares meet at the address that verl gives the whole worker group.
+    The shares meet at the address that verl gives the worker group.
 
     Returns:
         The index of the share.

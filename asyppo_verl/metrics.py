@@ -36,11 +36,15 @@ def explained_variance(cov_RR: Tensor, value: int, returns: int) -> float:
     """``1 - Var[R - V] / Var[R]`` from covariances: 1 is perfect, 0 is a constant, below 0 is worse than one.
 
     Var[R] is raised by 1e-5, as in verl's ``critic/vf_explained_var``, so that a batch of equal returns gives a number.
+    A constant gives 0 there as well: verl's 1 would be said of a critic that has run away, whose huge values leave nothing
+    of the rewards in the returns.
 
     Args:
         cov_RR: covariances of several vectors.
         value, returns: which of them are V and R.
     """
+    if cov_RR[value, value] == 0:
+        return 0.0
     residual = cov_RR[returns, returns] + cov_RR[value, value] - 2 * cov_RR[value, returns]
     return float(1 - residual / (cov_RR[returns, returns] + 1e-5))
 
@@ -62,7 +66,7 @@ def quantiles(score_N: Tensor, is_response_N: Tensor, levels: tuple[float, ...])
 def ensemble_metrics(
     values_MN: Tensor, value_N: Tensor, sigma_N: Tensor, returns_N: Tensor, is_response_N: Tensor
 ) -> dict:
-    """Diagnostics of the critics over the whole batch, keyed by metric name; empty for a batch without response tokens."""
+    """Diagnostics of the critics over the batch, keyed by metric name; empty for a batch without response tokens."""
     if not bool(is_response_N.any()):
         return {}
     num_critics = len(values_MN)
@@ -82,7 +86,10 @@ def ensemble_metrics(
 
 
 def tied_share(sigma_N: Tensor, keep_adv_N: Tensor, is_response_N: Tensor) -> float:
-    """Share of the masked tokens that ties decided: those with the highest masked sigma, if a kept token has it as well."""
+    """Share of the masked tokens that ties decided: those with the highest masked sigma, if a kept token has it as well.
+
+    Some ties are real: the first tokens of one prompt's responses have the same past, so the same sigma.
+    """
     masked, highest = 0, float("-inf")
     for sigma, keep, is_response in chunks(sigma_N, keep_adv_N, is_response_N):
         masked_sigma = sigma[is_response & ~keep]

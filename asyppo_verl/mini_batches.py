@@ -1,10 +1,11 @@
-"""Which rows a mini-critic's training call gets, and in which order: whole numbers only.
+"""The order of rows in a mini-critic's training call: whole numbers only.
 
-A training call needs as many rows as whole mini-batches have. Padding rows, which carry no response token, fill the gap;
-no response is dropped or used twice, and critics may share padding rows. Which rows an optimizer step sees does not depend on
-the number of ranks.
+A shard is cut into as many optimizer steps as every other critic makes, of sizes as even as can be; no response is dropped
+or used twice. verl wants as many rows of every rank in every step: padding rows, without response tokens, fill the gaps.
+The number of ranks does not change the responses of a step.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -12,34 +13,37 @@ T = TypeVar("T")
 
 
 def incomplete_groups(sessions: Iterable[tuple[str, str]], responses_per_prompt: int) -> int:
-    """How many groups have fewer sessions than asked for; ``sessions`` are (group id, session id), repeats allowed."""
+    """Count the groups that have fewer sessions than asked for; ``sessions`` are (group id, session id), repeats allowed."""
     found: dict[str, set[str]] = {}
     for group, session in sessions:
         found.setdefault(group, set()).add(session)
     return sum(len(ids) < responses_per_prompt for ids in found.values())
 
 
-def padding_needed(shard_sizes: Iterable[int], mini_batch: int) -> int:
-    """Padding rows the batch must hold so that every shard can be filled up to whole mini-batches."""
-    return max(-size % mini_batch for size in shard_sizes)
+def step_count(rows: int, mini_batch: int, shard_sizes: Iterable[int]) -> int:
+    """Count the optimizer steps of every critic in one pass over its shard, so that none goes without a response.
 
-
-def spread(responses: Sequence[T], padding: Sequence[T]) -> list[T]:
-    """A training call's rows in order: responses as they came, padding rows at even distances between them.
-
-    Consecutive mini-batches then hold nearly the same number of responses, so that no optimizer step rests on a few.
+    Args:
+        rows: of the batch, a multiple of ``mini_batch``.
+        mini_batch: rows in a step of verl's one critic, which makes ``rows / mini_batch`` steps.
+        shard_sizes: responses of every critic; one without any makes no step.
     """
-    rows, total = [], len(responses) + len(padding)
-    next_padding = iter(padding)
-    next_response = iter(responses)
-    for position in range(total):
-        is_padding = (position + 1) * len(padding) // total > position * len(padding) // total
-        rows.append(next(next_padding if is_padding else next_response))
-    return rows
+    return min([rows // mini_batch, *(size for size in shard_sizes if size)])
+
+
+def cut(rows: Sequence[T], steps: int) -> list[Sequence[T]]:
+    """Cut rows into ``steps`` runs, in their order, whose lengths differ by at most one."""
+    bounds = [len(rows) * step // steps for step in range(steps + 1)]
+    return [rows[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def rows_per_rank(steps: Sequence[Sequence[T]], ranks: int, multiple: int = 1) -> int:
+    """Count the rows that every rank needs in every step to take the longest one: a multiple of its micro-batch."""
+    return -(-max(map(len, steps)) // (ranks * multiple)) * multiple
 
 
 def mini_batches(rows: Sequence[T], mini_batch: int, *, ranks: int = 1) -> list[list[T]]:
-    """What verl trains on together: each rank has an equal run of the rows, and gives an equal run of that to every step."""
+    """Cut rows as verl does: each rank has an equal run of the rows, and gives an equal run of that to every step."""
     share, part = len(rows) // ranks, mini_batch // ranks
     assert share * ranks == len(rows) and part * ranks == mini_batch and share % part == 0
     return [
@@ -49,5 +53,5 @@ def mini_batches(rows: Sequence[T], mini_batch: int, *, ranks: int = 1) -> list[
 
 
 def rank_major(parts: Sequence[Sequence[Sequence[T]]]) -> list[T]:
-    """The order of rows that :func:`mini_batches` cuts into given ones; ``parts[i][r]`` is what rank r has of the i-th."""
+    """Put rows in the order that :func:`mini_batches` cuts into given ones; ``parts[i][r]`` is what rank r has of the i-th."""
     return [row for of_rank in zip(*parts, strict=True) for part in of_rank for row in part]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,16 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
-from asyppo_verl import asyppo, batch_checks, batch_io, inspection, mini_batches, preflight, selection
+from asyppo_verl import asyppo, batch_checks, batch_io, inspection, mini_batches, selection
 from asyppo_verl.actor_loss import asyppo_actor_loss
-from asyppo_verl.config import TRAINER_PREFIX, shard_mini_batch_size
+from asyppo_verl.config import TRAINER_PREFIX
 from asyppo_verl.critic_client import CriticClient
-from asyppo_verl.critic_settings import critic_nodes
+from asyppo_verl.critic_settings import critic_nodes, read_config
 from asyppo_verl.critic_worker import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
 from asyppo_verl.retention import older_ones_last
+
+logger = logging.getLogger(__name__)
 
 CRITIC_POOL = "critic_pool"
 """verl's name for the GPUs of ``asyppo.pool``."""
@@ -41,19 +44,32 @@ else:
 class AsyPPOMixin(_Base):
     """Put before one of verl's V1 trainers: ``class T(AsyPPOMixin, PPOTrainerSync)``."""
 
+    total_training_steps: int
+    _has_warned = False
+
     def __init__(self, config: DictConfig) -> None:
-        self.asyppo = preflight.read_config(config)
+        self.asyppo = read_config(config)
         with open_dict(config):
             config.critic.enable = True
             config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
         super().__init__(config)
 
+    def _init_dataloader(self) -> None:
+        """verl's, after which the last step is the one that the data last for: it is saved and validated as the last."""
+        super()._init_dataloader()
+        lasts = self.steps_per_epoch * math.ceil(self.config.trainer.total_epochs)
+        if lasts < self.total_training_steps:
+            logger.warning(
+                f"the data last for {lasts} steps, so the run ends before trainer.total_training_steps="
+                f"{self.total_training_steps}; raise trainer.total_epochs={self.config.trainer.total_epochs} to go on"
+            )
+            self.total_training_steps = lasts
+
     # -- workers ---------------------------------------------------------------------------------------------------
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        nodes = critic_nodes(self.config, self.asyppo)
-        specs = critic_specs([node.config for node in nodes], self.asyppo.head_seed)
+        specs = critic_specs(critic_nodes(self.config, self.asyppo), self.asyppo.head_seed)
         worker = ensemble_worker_class(specs, split=self.asyppo.placement == "split")
         self.role_worker_mapping[Role.Critic] = ray.remote(worker)
         if self.asyppo.critics_are_apart:
@@ -82,15 +98,12 @@ class AsyPPOMixin(_Base):
         )
         for index, keys in enumerate(shards):
             metrics[f"asyppo/critic_{index}/responses"] = len(keys)
-        if not self._train_on_everything:
-            rows = mini_batches.padding_needed(map(len, shards), shard_mini_batch_size(self.config, self.asyppo))
-            batch = batch_io.add_padding(batch, rows, self.tokenizer.eos_token_id)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def _shards(self, batch: KVBatchMeta) -> list[list[str]]:
         """Keys of the responses that each mini-critic trains on, in batch order."""
         keys = batch_io.response_keys(batch)
-        if self._train_on_everything:
+        if self.asyppo.shard == "none" or self.asyppo.num_critics == 1:
             return [keys] * self.asyppo.num_critics
         rows = [batch_io.session_of(key) for key in keys]
         owners = asyppo.assign_shards(rows, num_critics=self.asyppo.num_critics, shard=self.asyppo.shard)
@@ -99,15 +112,11 @@ class AsyPPOMixin(_Base):
             for index in range(self.asyppo.num_critics)
         ]
 
-    @property
-    def _train_on_everything(self) -> bool:
-        return self.asyppo.num_shards == 1
-
     # -- values and advantages -------------------------------------------------------------------------------------
 
     @functools.cached_property
     def _critics(self) -> CriticClient:
-        return CriticClient(self.critic_wg, self.config, self.asyppo)
+        return CriticClient(self.critic_wg, self.config, self.asyppo, self.tokenizer.eos_token_id)
 
     @property
     def _actor_ranks(self) -> int:
@@ -157,6 +166,8 @@ class AsyPPOMixin(_Base):
             changed[batch_io.KEEP_ENTROPY] = keep_ent_N
         metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
         metrics.update(selection_metrics(responses["advantages"], sigma_N, keep_adv_N, keep_ent_N, is_response_N))
+        if not self._has_warned:
+            self._has_warned = batch_checks.warn_of_ties(metrics["asyppo/sigma/tied"], self.global_steps)
         if changed:
             batch.fields = batch_io.store(batch, responses, **changed)
         if self.asyppo.inspect.is_due(self.global_steps):
@@ -229,7 +240,7 @@ class AsyPPOMixin(_Base):
         """Each mini-critic trains on its shard, beside the actor if it has GPUs of its own."""
         self._critics.start_update(batch, self._shards(batch), self._actor_ranks)
         if not self.asyppo.critics_are_apart:
-            metrics.update(self._critics.finish_update())
+            metrics.update(self._critics.finish_update(self.global_steps))
         return batch
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
@@ -237,7 +248,7 @@ class AsyPPOMixin(_Base):
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
         if self.asyppo.critics_are_apart:
             with marked_timer("update_critic", timing_raw, color="pink"):
-                metrics.update(self._critics.finish_update())
+                metrics.update(self._critics.finish_update(self.global_steps))
         return batch
 
 

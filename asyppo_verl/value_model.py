@@ -1,8 +1,44 @@
-"""Value models with the attention implementation that the configuration asks for."""
+"""Value models: the attention implementation that the configuration asks for, and a value head in float32."""
 
 from typing import Any
 
+import torch
 import wrapt
+from torch import Tensor, nn
+
+HEADS = ("score", "classifier", "v_head.summary")
+"""Places of the value head in transformers' token classifiers and TRL's value models."""
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that multiplies in float32, whatever the precision of what it is given."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Multiply in float32, also under autocast: in bf16 values near 0.6 differ in steps of 0.004, and sigma ties."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def use_float32_head(module: Any) -> None:
+    """Let the value head of a model, sharded by FSDP or not, compute in float32; its weights stay where they are.
+
+    Raises:
+        ValueError: if the head is not a linear layer in one of the known places.
+    """
+    module = getattr(module, "_fsdp_wrapped_module", module)
+    for name in HEADS:
+        parent, _, child = name.rpartition(".")
+        head = getattr(getattr(module, parent, None) if parent else module, child, None)
+        head = getattr(head, "_fsdp_wrapped_module", head)
+        if type(head) is nn.Linear:
+            head.__class__ = Float32Linear
+            return
+    if not any(isinstance(layer, Float32Linear) for layer in module.modules()):
+        raise ValueError(
+            f"no value head found in {type(module).__name__}: it must be a linear layer named {', '.join(HEADS)}; set "
+            "critic.model.path to a model that has a token-classification class"
+        )
 
 
 def install(model_module: Any) -> None:

@@ -165,6 +165,7 @@ def make_trainer(exponent: int, ranks: int, lam: float, num_critics: int) -> Any
                 f"actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch}",
                 f"critic.ppo_mini_batch_size={mini_batch}",
                 "actor_rollout_ref.actor.entropy_coeff=0.001",
+                "critic.use_dynamic_bsz=True",
                 f"algorithm.lam={lam}",
             ],
         )

@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Install what the tests need and run all of them: the fast ones first (ten minutes), then those with Ray workers, then
-# whole training runs on the CPU (50 minutes in all). Arguments go to pytest: bash scripts/test.sh -m "not e2e and not ray"
+# Install what the tests need and run all of them: the fast ones on all cores, then those with Ray workers, then training
+# runs on the CPU (about an hour in all on two cores). Arguments go to pytest:
+#   bash scripts/test.sh -m "not ray and not e2e"
+#   bash scripts/test.sh tests/test_asyppo.py -k shard
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
-# The tests of reports open them in a browser.
-if ! command -v chromium google-chrome chrome > /dev/null && [ "$(id -u)" = 0 ]; then
-    echo "test: installing chromium"
-    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null
+unset PYTHONDONTWRITEBYTECODE # what a hundred processes import is compiled once
+FAST="not ray and not e2e"
+ON_ALL_CORES=(-n auto --dist loadfile)
+if [ $# = 0 ]; then
+    .venv/bin/python -m pytest "${ON_ALL_CORES[@]}" -m "$FAST"
+    exec .venv/bin/python -m pytest -m "ray or e2e"
 fi
+[ "$*" = "-m $FAST" ] && set -- "${ON_ALL_CORES[@]}" "$@"
 exec .venv/bin/python -m pytest "$@"

@@ -1,5 +1,6 @@
 """The mini-critic worker on real Ray ranks with FSDP2: seeds, isolation, checkpoints, batching (law 6)."""
 
+import contextlib
 import gzip
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import pytest
 import ray
 import torch
 from tensordict import TensorDict
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transfer_queue import KVBatchMeta
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray import (
@@ -21,18 +23,20 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import value_loss
 
-from asyppo_verl.checkpoint import check_checkpoint
+from asyppo_verl.asyppo import ensemble_value
+from asyppo_verl.checkpoint import check_critics
 from asyppo_verl.critic_client import CriticClient
-from asyppo_verl.critic_settings import critic_node
+from asyppo_verl.critic_settings import critic_nodes, read_config
 from asyppo_verl.critic_worker import (
     CRITIC_ID,
+    RESPONSES,
     MiniCriticEnsembleWorker,
     critic_specs,
     share_groups,
     value_field,
     worker_config,
 )
-from asyppo_verl.preflight import read_config
+from asyppo_verl.mini_batches import cut, rank_major
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -60,6 +64,18 @@ class ProbedWorker(MiniCriticEnsembleWorker):
         ]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def bring_heads_together(self, distance: float) -> None:
+        """Move critic 1's head to within ``distance`` times their difference of critic 0's."""
+
+        def summoned(module):
+            return FSDP.summon_full_params(module) if isinstance(module, FSDP) else contextlib.nullcontext()
+
+        first, second = (critic.engine.module for critic in self.critics.values())
+        with summoned(first), summoned(second), torch.no_grad():
+            head, other = (module.score.weight for module in (first, second))
+            other.copy_(head + distance * (other - head))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_batching(self, **engine: object) -> None:
         for critic in self.critics.values():
             for key, value in engine.items():
@@ -79,7 +95,7 @@ def cluster():
 def start(compose, ranks: int, *overrides: str, shares: int = 1, worker: type = ProbedWorker) -> RayWorkerGroup:
     config = compose(f"trainer.n_gpus_per_node={ranks}", "critic.optim.lr=1e-2", *overrides)
     asyppo = read_config(config)
-    specs = critic_specs([critic_node(config, asyppo, index) for index in range(2)], asyppo.head_seed)
+    specs = critic_specs(critic_nodes(config, asyppo), asyppo.head_seed)
     cls = type("ProbedEnsemble", (worker,), {"specs": tuple(specs), "shares": shares})
     group = RayWorkerGroup(
         resource_pool=RayResourcePool([ranks], use_gpu=True, max_colocate_count=3),
@@ -129,7 +145,9 @@ def batch(rows: int, seed: int = 0, num_critics: int = 2) -> TensorDict:
     return data
 
 
-def train(group: RayWorkerGroup, index: int, data: TensorDict, mini_batch: int | None = None) -> dict:
+def train(
+    group: RayWorkerGroup, index: int, data: TensorDict, mini_batch: int | None = None, **settings: object
+) -> dict:
     call = data.copy()
     size = mini_batch or len(data)
     tu.assign_non_tensor(
@@ -137,6 +155,8 @@ def train(group: RayWorkerGroup, index: int, data: TensorDict, mini_batch: int |
         **{CRITIC_ID: index, "global_batch_size": size, "mini_batch_size": size, "epochs": 1, "seed": 1},
         dataloader_kwargs={"shuffle": False},
     )
+    for key, value in {RESPONSES: None, **settings}.items():
+        tu.assign_non_tensor_data(call, key, value)
     return group.train_mini_batch(call).get()["metrics"]
 
 
@@ -174,6 +194,13 @@ def first_generation(cluster, toy):
 def dealt(cluster, toy):
     """Four ranks, of which each of two critics has two."""
     yield from _started(toy, 4, shares=2)
+
+
+@pytest.fixture(scope="module", params=["fsdp2", "fsdp"])
+def half_precision(cluster, toy, request):
+    """One rank with two critics in bf16 with gradient checkpointing, as on GPUs."""
+    bf16 = ["critic.fsdp.mixed_precision.param_dtype=bf16", "critic.model.enable_gradient_checkpointing=True"]
+    yield from _started(toy, 1, *bf16, f"critic.strategy={request.param}")
 
 
 def _started(toy: Path, ranks: int, *overrides: str, shares: int = 1):
@@ -284,8 +311,13 @@ def test_the_number_of_ranks_changes_an_update_by_the_order_of_summation_only(pa
         group.reset()
         group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=128)
         config = compose(f"trainer.n_gpus_per_node={group.world_size}", f"+asyppo.num_critics={num_critics}")
-        calls = CriticClient(group, config, read_config(config))
-        order = [keys.index(key) for key in calls._training_keys(meta, keys, mini_batch, actor_ranks=2)]
+        calls = CriticClient(group, config, read_config(config), eos_token_id=0)
+        rows = (
+            calls._verls_order(meta, mini_batch, actor_ranks=2)
+            if num_critics == 1
+            else rank_major(calls._dealt(meta, cut(keys, steps)))
+        )
+        order = [keys.index(key) for key in rows]
         call = tu.index_select_tensor_dict(data, torch.tensor(order))
         tu.assign_non_tensor(call, temperature=1.0, compute_loss=False)
         norms = train(group, 0, call, mini_batch=mini_batch)["grad_norm"]
@@ -293,6 +325,79 @@ def test_the_number_of_ranks_changes_an_update_by_the_order_of_summation_only(pa
     assert len(norms) == steps and reached[1][0] != reached[2][0]
     assert reached[1][1] == pytest.approx(reached[2][1], rel=1e-4)
     assert same(reached[1][2], reached[2][2], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean"])
+def test_law_7_fillers_neither_move_nor_scale_an_update(pair, single, compose, loss_agg_mode):
+    """Two steps on 6 and 5 responses: on two ranks with a filler, shuffled or not, and on one rank without any."""
+    loss = _Loss(omega_conf_to_dataclass(compose(f"actor_rollout_ref.actor.loss_agg_mode={loss_agg_mode}").critic))
+    data, filler, first, second = batch(24), 4, [0, 1, 2, 3, 5, 6], [7, 8, 10, 11, 12]
+    assert not data["response_mask"][filler].any()
+
+    def rows(*order: int) -> TensorDict:
+        part = tu.index_select_tensor_dict(data, torch.tensor(order))
+        tu.assign_non_tensor(part, temperature=1.0, compute_loss=False)
+        return part
+
+    for group in (pair, single):
+        group.reset()
+        group.set_loss_fn(loss)
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=24)
+    steps = [train(single, 0, rows(*step)) for step in (first, second)]
+    filled = rows(*first[:3], *second[:3], *first[3:], *second[3:], filler)
+    told = ((3, 3), (3, 2))
+    found = train(pair, 0, filled, mini_batch=6, **{RESPONSES: told})
+    assert found["grad_norm"] == pytest.approx([step["grad_norm"][0] for step in steps], rel=1e-4)
+    assert found["critic/vf_loss"] == pytest.approx([step["critic/vf_loss"][0] for step in steps], rel=1e-5)
+    assert same(pair.weights()[0][0], single.weights()[0][0], rtol=1e-3, atol=1e-4)
+
+    # Shuffled, twice: the response that was alone with a filler may be any, the filler never counts.
+    pair.reset()
+    pair.set_loss_fn(loss)
+    shuffled = train(
+        pair, 0, filled, mini_batch=6, **{RESPONSES: told, "epochs": 2, "dataloader_kwargs": {"shuffle": True}}
+    )
+    assert len(shuffled["grad_norm"]) == 4 and all(0 < norm < 100 for norm in shuffled["grad_norm"])
+    for group in (pair, single):
+        group.set_loss_fn(_Loss(omega_conf_to_dataclass(compose().critic)))
+
+
+def test_in_bf16_sigma_has_the_resolution_of_float32(half_precision, single):
+    """Also where the critics agree: without a head in float32, values near 0.6 differ in steps of 0.004."""
+    half_precision.reset()
+    single.reset()
+    data = batch(200)
+    exact = single.infer_batch(data.copy()).get()[value_field(0)].values()
+    for distance in (1.0, 0.01):
+        half_precision.bring_heads_together(distance)
+        output = half_precision.infer_batch(data.copy()).get()
+        values = torch.stack([output[value_field(index)].values() for index in range(2)])
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values[0], exact, rtol=0.05, atol=0.05)
+        assert (values[0] - values[1]).abs().max() < 5 * distance
+        _, sigma = ensemble_value(values)
+        assert len(sigma.unique()) > 0.99 * len(sigma)
+        assert (values == values.bfloat16().float()).float().mean() < 0.05, "the values have the steps of bf16"
+
+
+def test_in_bf16_loss_and_gradients_are_those_of_float32(half_precision, single):
+    data = batch(40)
+    found = []
+    for group in (half_precision, single):
+        group.reset()
+        group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=64)
+        found.append(train(group, 0, data))
+    half, exact = found
+    assert half["critic/vf_loss"][0] == pytest.approx(exact["critic/vf_loss"][0], rel=0.01)
+    assert half["grad_norm"][0] == pytest.approx(exact["grad_norm"][0], rel=0.02)
+    before = half_precision.weights()[0][0]
+    (head,) = [name for name in before if name.endswith("score.weight")]
+    half_precision.reset()
+    change, expected = (
+        group_weights[head] - half_precision.weights()[0][0][head] for group_weights in (before, single.weights()[0][0])
+    )
+    # The first step of Adam is the sign of the gradient.
+    assert (change.sign() == expected.sign()).float().mean() > 0.98
 
 
 def test_law_6_rows_without_response_tokens_change_nothing(single):
@@ -412,16 +517,18 @@ def test_checkpoints_move_between_placements_with_as_many_ranks(pair, dealt, tmp
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused_by_name(pair, single, tmp_path):
     single.save_checkpoint(str(tmp_path), None, 1, None)
-    with pytest.raises(Exception, match=r"critic_0 was saved by 1 ranks, but a mini-critic now has 2") as caught:
+    with pytest.raises(
+        Exception, match=r"critic_0 has no model_world_size_2_rank_\d.pt \(it has .*model_world_size_1"
+    ) as caught:
         pair.load_checkpoint(str(tmp_path))
     assert str(tmp_path) in str(caught.value) and "asyppo.placement" in str(caught.value)
 
 
 def test_a_node_needs_only_the_folders_of_its_own_critics(tmp_path):
     (tmp_path / "critic_1").mkdir()
-    check_checkpoint(str(tmp_path), 2, held=[1])
+    check_critics(tmp_path, 2, held=[1])
     with pytest.raises(ValueError, match=r"missing \['critic_0'\], unexpected nothing"):
-        check_checkpoint(str(tmp_path), 2, held=[0])
+        check_critics(tmp_path, 2, held=[0])
 
 
 @pytest.mark.parametrize(
@@ -436,7 +543,7 @@ def test_an_incomplete_or_foreign_checkpoint_is_refused_by_name(tmp_path, folder
     for folder in folders:
         (tmp_path / folder).mkdir()
     with pytest.raises(ValueError, match=message) as caught:
-        check_checkpoint(str(tmp_path), 2)
+        check_critics(tmp_path, 2)
     assert str(tmp_path) in str(caught.value) and "num_critics=2" in str(caught.value)
 
 
@@ -476,7 +583,7 @@ def test_the_critics_own_batching_keys_reach_the_engine(compose):
 def test_critics_with_the_same_settings_share_one_configuration(compose):
     config = compose("+asyppo.num_critics=3", "+asyppo.critic_overrides.1.optim.lr=0.5")
     asyppo = read_config(config)
-    specs = critic_specs([critic_node(config, asyppo, index) for index in range(3)], head_seed=10)
+    specs = critic_specs(critic_nodes(config, asyppo), head_seed=10)
     assert specs[0].worker is specs[2].worker and specs[0].worker is not specs[1].worker
     assert [spec.worker.optimizer_config.lr for spec in specs] == [1e-5, 0.5, 1e-5]
     assert [spec.head_seed for spec in specs] == [10, 11, 12]

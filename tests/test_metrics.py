@@ -29,6 +29,17 @@ def test_explained_variance_by_hand():
         assert explained_variance(cov, 0, 1) == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e6, 1e30, 3e38])
+def test_absurd_values_explain_nothing(size):
+    """Values so large that verl's GAE, ``(r - V) + V``, leaves nothing of the rewards in the returns."""
+    rewards = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    for values in (torch.full((4,), size), torch.tensor([1.0, -1.0, 0.5, 0.25]) * size):
+        _, cov = moments([values, (rewards - values) + values], everything(4))
+        assert explained_variance(cov, 0, 1) <= 1e-6
+    _, cov = moments([torch.full((4,), size), torch.zeros(4)], everything(4))
+    assert explained_variance(cov, 0, 1) == 0
+
+
 def test_correlation_is_the_mean_over_pairs():
     values = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
     pairs = np.corrcoef(values.numpy())[np.triu_indices(4, 1)]

@@ -3,14 +3,20 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyppo_verl.mini_batches import incomplete_groups, mini_batches, padding_needed, rank_major, spread
+from asyppo_verl.mini_batches import cut, incomplete_groups, mini_batches, rank_major, rows_per_rank, step_count
 
 
-def test_padding_by_hand():
-    assert padding_needed([32, 32], 16) == 0
-    assert padding_needed([31, 32], 16) == 1
-    assert padding_needed([17, 40], 16) == 15
-    assert padding_needed([0, 5], 4) == 3
+def test_steps_by_hand():
+    # verl's critic makes 40 / 10 = 4 steps; a shard of three responses allows three, an empty one does not count.
+    assert step_count(40, 10, [20, 20]) == 4
+    assert step_count(40, 10, [3, 37]) == 3
+    assert step_count(40, 10, [0, 40]) == 4
+
+
+def test_cuts_by_hand():
+    assert cut([1, 2, 3, 4, 5, 6, 7], 3) == [[1, 2], [3, 4], [5, 6, 7]]
+    assert rows_per_rank([[1, 2], [3, 4], [5, 6, 7]], 2) == 2 and rows_per_rank([[1, 2, 3]], 2, multiple=4) == 4
+    assert rows_per_rank([[1]], 8) == 1 and rows_per_rank([range(8)], 2, multiple=2) == 4
 
 
 def test_incomplete_groups_by_hand():
@@ -30,20 +36,18 @@ def test_rank_major_by_hand():
     assert rank_major([[[7, 1], [4, 2]], [[3, 0], [6, 5]]]) == [7, 1, 3, 0, 4, 2, 6, 5]
 
 
-def test_spread_by_hand():
-    assert spread([1, 2, 3, 4], []) == [1, 2, 3, 4]
-    assert spread([1, 2, 3, 4], [8, 9]) == [1, 2, 8, 3, 4, 9]
-    assert spread([], [8, 9]) == [8, 9]
-
-
-@given(st.integers(1, 60), st.integers(1, 8))
-def test_every_mini_batch_holds_a_response_and_nothing_is_lost(responses, mini_batch):
-    padding = -responses % mini_batch
-    rows = spread(range(responses), range(1000, 1000 + padding))
-    assert sorted(rows) == [*range(responses), *range(1000, 1000 + padding)]
-    assert [row for row in rows if row < 1000] == list(range(responses)), "responses changed their order"
-    held = [sum(row < 1000 for row in rows[i : i + mini_batch]) for i in range(0, len(rows), mini_batch)]
-    assert min(held) >= 1 and max(held) - min(held) <= 1
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=4).filter(any), st.integers(1, 8), st.integers(1, 8))
+def test_critics_make_equally_many_even_steps_and_lose_nothing(sizes, mini_batch, steps):
+    count = step_count(steps * mini_batch, mini_batch, sizes)
+    assert 1 <= count <= steps
+    for size in filter(None, sizes):
+        made = cut(range(size), count)
+        lengths = [len(step) for step in made]
+        assert [row for step in made for row in step] == list(range(size))
+        assert len(made) == count and min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
+        for ranks, multiple in ((1, 1), (2, 1), (3, 4)):
+            rows = rows_per_rank(made, ranks, multiple)
+            assert rows % multiple == 0 and max(lengths) <= rows * ranks < max(lengths) + ranks * multiple
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 4), st.randoms(use_true_random=False))

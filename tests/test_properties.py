@@ -3,17 +3,22 @@
 The parts have their own tests; here they are put together as a training step does, with verl's own balancing and cutting.
 """
 
-import math
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
+from omegaconf import OmegaConf
+from transfer_queue import KVBatchMeta
 
+from asyppo_verl import batch_io
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage, keep_entropy
-from asyppo_verl.batch_io import Responses
-from asyppo_verl.mini_batches import mini_batches, padding_needed, rank_major, spread
+from asyppo_verl.batch_io import Responses, session_of
+from asyppo_verl.config import AsyPPOConfig
+from asyppo_verl.critic_client import CriticClient
+from asyppo_verl.critic_worker import CRITIC_ID, RESPONSES, ShuffledResponses
+from asyppo_verl.order_statistics import count_of
 
 critics = st.integers(1, 8)
 ranks = st.integers(1, 8)
@@ -32,46 +37,94 @@ def optimizer_steps(rows: list[int], num_ranks: int, mini_batch: int) -> list[li
     return [[row for rank in by_rank for row in rank[start : start + part]] for start in range(0, share, part)]
 
 
-@settings(max_examples=300)
-@given(groups, critics, ranks, ranks, st.sampled_from(["group", "prompt"]), randoms)
-def test_every_response_trains_one_critic_once_whatever_the_ranks(
-    lengths, num_critics, num_ranks, other_ranks, shard, rng
+class Group:
+    """Stands for the critics' worker group, and keeps what each is told to train on."""
+
+    def __init__(self, ranks: int) -> None:
+        self.world_size, self.calls, self._collect_info = ranks, [], {}
+
+    def _query_collect_info(self, mesh: str) -> list[bool]:
+        return [True] * self.world_size
+
+    def train_mini_batch(self, call: KVBatchMeta) -> None:
+        self.calls.append(call)
+
+
+def training_calls(
+    lengths: dict[str, int], shards: list[list[str]], mini_batch: int, ranks: int, micro_batch: int | None
+) -> list[KVBatchMeta]:
+    """What the driver tells the critics for shards of rows of these lengths."""
+    critic = {"ppo_mini_batch_size": mini_batch, "ppo_epochs": 1, "data_loader_seed": 1, "shuffle": False}
+    critic |= {"use_dynamic_bsz": micro_batch is None, "ppo_micro_batch_size_per_gpu": micro_batch}
+    critic["fsdp"] = {"ulysses_sequence_parallel_size": 1}
+    rollout = {"n": 1, "temperature": 1.0}
+    config = OmegaConf.create({"critic": critic, "actor_rollout_ref": {"rollout": rollout}})
+    padding = [f"pad_{index}_0" for index in range(-len(lengths) % mini_batch)]  # verl's own
+    keys = [*lengths, *padding]
+    batch = KVBatchMeta(partition_id="train", keys=keys, tags=[{"seq_len": lengths.get(key, 128)} for key in keys])
+
+    def add_fillers(batch: KVBatchMeta, count: int, *_: object) -> KVBatchMeta:
+        keys = [f"filler_{index}_0" for index in range(count)]
+        return KVBatchMeta(partition_id="train", keys=keys, tags=[{"seq_len": 128}] * count)
+
+    group = Group(ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_io, "add_fillers", add_fillers)
+        CriticClient(group, config, AsyPPOConfig(num_critics=len(shards)), 0).start_update(batch, shards, ranks)
+    return group.calls
+
+
+@settings(max_examples=200)
+@given(
+    groups,
+    st.integers(2, 8),
+    ranks,
+    ranks,
+    st.integers(1, 12),
+    st.sampled_from(["group", "prompt"]),
+    st.sampled_from([None, 1, 3]),
+    randoms,
+)
+def test_law_7_every_response_trains_one_critic_once_in_steps_that_ranks_do_not_change(
+    sessions, num_critics, num_ranks, other_ranks, mini_batch, shard, micro_batch, rng
 ):
-    mini_batch = math.lcm(num_ranks, other_ranks)
-    rows = [(f"group-{g}", str(s)) for g, group in enumerate(lengths) for s in range(len(group))]
-    length_of = {(f"group-{g}", str(s)): length for g, group in enumerate(lengths) for s, length in enumerate(group)}
-    rows = rng.sample(rows, len(rows))
-    owners = assign_shards(rows, num_critics=num_critics, shard=shard)
-    shards = [[row for row, owner in zip(rows, owners, strict=True) if owner == index] for index in range(num_critics)]
-    available = padding_needed(map(len, shards), mini_batch)
-    trained: Counter = Counter()
-    for own in filter(None, shards):
-        padding = -len(own) % mini_batch
-        assert padding <= available, "the batch has too few padding rows"
-        seq_lens = [8 + length_of[row] for row in own] + [128] * padding
-        found = [
-            optimizer_steps(dealt(len(own), padding, seq_lens, mini_batch, count), count, mini_batch)
-            for count in (num_ranks, other_ranks)
-        ]
-        assert [sorted(step) for step in found[0]] == [sorted(step) for step in found[1]], "the ranks change the steps"
-        steps = found[0]
-        assert sorted(row for step in steps for row in step) == list(range(len(own) + padding))
-        held = [sum(row < len(own) for row in step) for step in steps]
-        assert min(held) >= 1, "an optimizer step on padding alone"
-        assert max(held) - min(held) <= 1, "padding piles up in some steps"
-        trained.update(own[row] for step in steps for row in step if row < len(own))
-    assert trained == Counter(rows)
+    lengths = {f"group-{g}_{s}_0": 8 + length for g, group in enumerate(sessions) for s, length in enumerate(group)}
+    keys = rng.sample(list(lengths), len(lengths))
+    owners = assign_shards([session_of(key) for key in keys], num_critics=num_critics, shard=shard)
+    shards = [[key for key, owner in zip(keys, owners, strict=True) if owner == index] for index in range(num_critics)]
+    found = {}
+    for count in (num_ranks, other_ranks):
+        calls = training_calls({key: lengths[key] for key in keys}, shards, mini_batch, count, micro_batch)
+        steps_of = {}
+        for call in calls:
+            told, size = call.extra_info[RESPONSES], call.extra_info["mini_batch_size"]
+            steps = optimizer_steps(call.keys, count, size)
+            assert size % (count * (micro_batch or 1)) == 0 and len(steps) == len(told)
+            for step, of_rank in zip(steps, told, strict=True):
+                for rank, responses in enumerate(of_rank):
+                    rows = step[rank * size // count : (rank + 1) * size // count]
+                    assert [row in lengths for row in rows] == [True] * responses + [False] * (len(rows) - responses)
+            held = [sum(of_rank) for of_rank in told]
+            assert min(held) >= 1, "an optimizer step on padding alone"
+            assert max(held) - min(held) <= 1, "uneven steps"
+            steps_of[call.extra_info[CRITIC_ID]] = [sorted(set(step) & set(lengths)) for step in steps]
+        assert len({len(steps) for steps in steps_of.values()}) == 1, "critics make different numbers of steps"
+        trained = Counter(key for steps in steps_of.values() for step in steps for key in step)
+        assert trained == Counter(keys)
+        found[count] = steps_of
+    assert found[num_ranks] == found[other_ranks], "the ranks change the steps"
 
 
-def dealt(responses: int, padding: int, seq_lens: list[int], mini_batch: int, num_ranks: int) -> list[int]:
-    """Rows of a training call, each mini-batch balanced over the ranks as verl balances."""
-    rows = spread(range(responses), range(responses, responses + padding))
-    parts = []
-    for step in mini_batches(rows, mini_batch):
-        workload = calculate_workload(torch.tensor([seq_lens[row] for row in step])).tolist()
-        cut = get_seqlen_balanced_partitions(workload, k_partitions=num_ranks, equal_size=True)
-        parts.append([[step[i] for i in part] for part in cut])
-    return rank_major(parts)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 100))
+def test_shuffling_moves_responses_and_leaves_fillers_where_they_are(responses, seed):
+    sampler = ShuffledResponses(responses, 5, seed)
+    places = [step * 5 + place < step * 5 + responses[step] for step in range(len(responses)) for place in range(5)]
+    first, second = list(sampler), list(sampler)
+    for rows in (first, second):
+        assert sorted(rows) == list(range(len(sampler)))
+        assert all(row == place for place, row in enumerate(rows) if not places[place])
+    if sum(responses) > 9:
+        assert first != second, "every pass draws anew"
 
 
 @st.composite
@@ -109,7 +162,7 @@ def test_selections_take_their_share_whatever_the_order_and_the_padding(rows, fr
     sigma = torch.cat([ensemble_value(values)[1][is_response] for values, is_response in rows.values()])
     for index, fraction in ((0, fraction_mask), (1, fraction_filter)):
         dropped = sum(int((~row[index]).sum()) for row in found.values())
-        assert dropped == (math.floor(fraction * tokens) if sigma.any() else 0)
+        assert dropped == (count_of(fraction, tokens) if sigma.any() else 0)
         assert all(row[index][~rows[key][1]].all() for key, row in found.items()), "dropped what is no response token"
 
     some = next(iter(rows.values()))[0]

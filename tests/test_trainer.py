@@ -22,8 +22,9 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from asyppo_verl import batch_io
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage
-from asyppo_verl.critic_worker import CRITIC_ID, value_field
+from asyppo_verl.critic_worker import CRITIC_ID, RESPONSES, value_field
 from asyppo_verl.inspection import decoder, token_texts
+from asyppo_verl.mini_batches import mini_batches
 from asyppo_verl.preflight import prepare
 from asyppo_verl.trainer import AsyPPOTrainerSync
 from recipe.asyppo import one_page
@@ -58,6 +59,7 @@ class ForcedCritics:
     def __init__(self, values: dict[str, list[torch.Tensor]]) -> None:
         self.values = values  # key -> one tensor per critic
         self.calls: list[KVBatchMeta] = []
+        self.grad_norms: dict[int, list[float]] = {}
         self._collect_info: dict[str, list[bool]] = {}
 
     def _query_collect_info(self, mesh: str) -> list[bool]:
@@ -79,7 +81,8 @@ class ForcedCritics:
 
     def train_mini_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
         self.calls.append(batch)
-        metrics = {"vf_loss": [0.5], "vf_clipfrac": [0.0], "grad_norm": [1.0], "lr": [1e-3], "mfu": [0.1]}
+        metrics = {"vf_loss": [0.5], "vf_clipfrac": [0.0], "lr": [1e-3], "mfu": [0.1]}
+        metrics["grad_norm"] = self.grad_norms.get(batch.extra_info[CRITIC_ID], [1.0])
         return SimpleNamespace(get=lambda: {"metrics": metrics})
 
 
@@ -160,6 +163,27 @@ def clean():
         tq.kv_clear(keys=keys, partition_id="train")
 
 
+def check_steps(calls: list[KVBatchMeta], real: set[str]) -> None:
+    """Law 7 for the critics: equally many steps, responses in each, as even as can be; every filler is known as one."""
+    counts = set()
+    for call in calls:
+        told, size = call.extra_info[RESPONSES], call.extra_info["mini_batch_size"]
+        assert len(call) == len(told) * size
+        counts.add(len(told))
+        ranks = len(told[0])
+        of_step = []
+        for index, step in enumerate(mini_batches(call.keys, size, ranks=ranks)):
+            per_rank = size // ranks
+            for rank, responses in enumerate(told[index]):
+                rows = step[rank * per_rank : (rank + 1) * per_rank]
+                assert [key in real for key in rows] == [True] * responses + [False] * (per_rank - responses)
+            of_step.append(sum(told[index]))
+        assert min(of_step) >= 1 and max(of_step) - min(of_step) <= 1
+    assert len(counts) == 1, "critics make different numbers of steps"
+    fillers = {key for call in calls for key in call.keys} - real
+    assert not fillers & set((tq.kv_list("train") or {}).get("train", {})), "fillers stay in TransferQueue"
+
+
 @pytest.mark.parametrize("shard", ["group", "prompt"])
 @pytest.mark.parametrize("num_critics", [2, 4])
 def test_every_response_trains_exactly_one_critic(compose, clean, shard, num_critics):
@@ -170,23 +194,12 @@ def test_every_response_trains_exactly_one_critic(compose, clean, shard, num_cri
     assert len(batch) % 8 == 0 and real <= set(batch.keys), "verl's own multiple of 2 prompts x 4 responses"
     trained = Counter(key for call in trainer.critic_wg.calls for key in call.keys if key in real)
     assert set(trained) == real and set(trained.values()) == {1}
-    owner = dict(
-        zip(
-            sorted(real),
-            assign_shards([batch_io.session_of(k) for k in sorted(real)], num_critics=num_critics, shard=shard),
-            strict=True,
-        )
-    )
-    masks = stored(batch, "response_mask")
+    rows = [batch_io.session_of(key) for key in sorted(real)]
+    owner = dict(zip(sorted(real), assign_shards(rows, num_critics=num_critics, shard=shard), strict=True))
     for call in trainer.critic_wg.calls:
-        critic = call.extra_info[CRITIC_ID]
-        mini_batch = call.extra_info["mini_batch_size"]
-        assert mini_batch == call.extra_info["global_batch_size"] == 8 // num_critics
-        assert len(call) % mini_batch == 0 and value_field(critic) in call.fields
-        assert {owner[key] for key in call.keys if key in real} == {critic}
-        assert not any(masks[key].any() for key in call.keys if key not in real), "a padding row has response tokens"
-        for start in range(0, len(call), mini_batch):
-            assert any(key in real for key in call.keys[start : start + mini_batch]), "a step on padding alone"
+        assert {owner[key] for key in call.keys if key in real} == {call.extra_info[CRITIC_ID]}
+        assert value_field(call.extra_info[CRITIC_ID]) in call.fields
+    check_steps(trainer.critic_wg.calls, real)
     # bb has 3 of 4 sessions, cc 1 of 4, dd 3 of 4.
     assert metrics["asyppo/incomplete_groups"] == 3
     assert sum(metrics[f"asyppo/critic_{m}/responses"] for m in range(num_critics)) == len(real)
@@ -408,9 +421,36 @@ def test_the_critics_own_lambda_changes_only_their_target(compose, clean):
 
 def test_without_shards_every_critic_trains_on_the_whole_batch(compose, clean):
     batch = put_rows(RAGGED)
+    real = set(batch.keys)
     trainer = trainer_for(compose, "+asyppo.shard=none")
     batch, _ = step(trainer, batch, force_values(batch, 2))
-    assert [call.keys for call in trainer.critic_wg.calls] == [batch.keys, batch.keys]
+    assert [set(call.keys) & real for call in trainer.critic_wg.calls] == [real, real]
+    check_steps(trainer.critic_wg.calls, real)
+
+
+@pytest.mark.parametrize(
+    ("n", "num_critics", "shard"),
+    [(3, 2, "group"), (5, 2, "group"), (5, 3, "group"), (8, 3, "group"), (5, 2, "prompt"), (4, 3, "prompt")],
+)
+def test_law_7_the_actors_batch_is_verls_for_every_group_size(compose, clean, n, num_critics, shard):
+    """Rows and their order are those of verl's own hook on the same batch, advantages too with both fractions 0."""
+    overrides = [f"actor_rollout_ref.rollout.n={n}", f"+asyppo.num_critics={num_critics}", f"+asyppo.shard={shard}"]
+    overrides += ["+asyppo.adv_mask_fraction=0", "+asyppo.entropy_filter_fraction=0", "critic.ppo_mini_batch_size=2"]
+    trainer = trainer_for(compose, *overrides)
+    batch = put_rows({f"{prompt:032x}": [1] * n for prompt in range(8)})
+    theirs = PPOTrainerSync._balance_batch(
+        trainer, KVBatchMeta(partition_id="train", keys=batch.keys, tags=batch.tags), {}
+    )
+    real, values = set(batch.keys), force_values(batch, 1)
+    equal = {key: one * num_critics for key, one in values.items()}
+    batch, _ = step(trainer, batch, equal)
+    assert batch.keys == theirs.keys and len(batch) == 8 * n
+    check_steps(trainer.critic_wg.calls, real)
+    assert all(len(call.extra_info[RESPONSES]) == 4 for call in trainer.critic_wg.calls), "verl's critic makes 4 steps"
+    ours = stored(batch, "advantages")
+    trainer.config.algorithm.adv_estimator = "gae"
+    PPOTrainerSync._compute_advantage(trainer, batch, {})
+    assert all(torch.equal(ours[key], one) for key, one in stored(batch, "advantages").items())
 
 
 def test_a_critic_without_responses_sits_the_step_out(compose, clean):
@@ -516,6 +556,28 @@ def test_non_finite_values_stop_the_run_and_name_the_critic(compose, clean):
     values["dd_2_1"][1][0] = float("nan")
     with pytest.raises(ValueError, match=r"mini-critic 1 gave non-finite values in step 1.*critic.optim.lr"):
         step(trainer_for(compose), batch, values)
+
+
+def test_a_critic_that_makes_no_finite_update_for_three_steps_stops_the_run(compose, clean):
+    batch = put_rows(RAGGED)
+    trainer, values = trainer_for(compose), force_values(batch, 2)
+    trainer.critic_wg = critics = ForcedCritics(values)
+    trainer._balance_batch(batch, {})
+    found = []
+    for norms in ([1.0, math.inf], [math.nan], [math.inf], [1.0], [math.nan], [math.nan], [math.inf, math.nan]):
+        critics.grad_norms = {1: norms}
+        metrics: dict = {}
+        trainer._critics.start_update(batch, trainer._shards(batch), 1)
+        if len(found) == 6:
+            with pytest.raises(
+                ValueError, match=r"mini-critic 1 made no finite update in steps 5 to 7.*critic.optim.lr"
+            ):
+                trainer._critics.finish_update(7)
+            break
+        metrics = trainer._critics.finish_update(len(found) + 1)
+        found.append(metrics["asyppo/critic_1/skipped_updates"])
+        assert metrics["asyppo/critic_0/skipped_updates"] == 0
+    assert found == [1, 1, 1, 0, 1, 1]
 
 
 def test_the_estimator_is_restored_even_after_an_error(compose):

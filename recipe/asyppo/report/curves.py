@@ -31,7 +31,8 @@ SECTIONS = {
         Panel("Entropy of the actor", (r"actor/entropy",)),
     ],
     "Critics": [
-        Panel("Explained variance", (r"asyppo/explained_var", r"asyppo/critic_\d+/explained_var", r"critic/vf_explained_var")),
+        # verl's is that of the mean value; with one critic, as in the baselines, it is that critic's.
+        Panel("Explained variance", (r"critic/vf_explained_var", r"asyppo/critic_\d+/explained_var")),
         Panel("Value loss", (r"asyppo/critic_\d+/vf_loss", r"critic/vf_loss"), log=True),
         Panel("Sigma: mean and quantiles", (r"asyppo/sigma/(mean|p\d+)",), log=True),
         Panel("Correlation of the critics", (r"asyppo/critic_correlation",)),

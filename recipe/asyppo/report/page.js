@@ -36,6 +36,9 @@ function table(parent, head, rows, classes = []) {
 // Of a logarithmic axis only 1, 2 and 5 of every decade.
 const roundOnly = (_, splits) => splits.map(value => value !== null && /^[125](e|$)/.test(value.toExponential()) ? value : null);
 
+// Steps and tokens have no fractions.
+const WHOLE = [...Array(9).keys()].flatMap(power => [1, 2, 5].map(digit => digit * 10 ** power));
+
 function axis(size, isLog = false) {
   return {
     ...(isLog && { filter: roundOnly }),
@@ -50,7 +53,7 @@ function chart(parent, data, series, options = {}) {
   const plot = new uPlot({
     width: parent.clientWidth - 30, height: options.height || 210, padding: [8, 8, 0, 0],
     scales: { x: { time: false }, y: options.log ? { distr: 3 } : {} },
-    axes: [axis(34), axis(58, options.log)],
+    axes: [{ ...axis(34), incrs: WHOLE }, axis(58, options.log)],
     series: [{ label: options.x || "step" }, ...series],
     bands: options.bands || [],
     cursor: { points: { size: 6 }, ...options.cursor },

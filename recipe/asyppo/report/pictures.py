@@ -51,11 +51,13 @@ def take(run: Path, out: Path) -> None:
     curves.draw([plot for plot in plots if plot.title in PANELS], [run.name], out / "asyppo_cpu.png", columns=3)
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         write([run], Path(folder))
-        page = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
+        page = browser.new_page(viewport={"width": 1300, "height": 900}, device_scale_factor=1.5)
         page.goto(f"file://{folder}/index.html")
-        token = page.locator(".response .text span").nth(1)
-        token.hover()
-        page.locator("#tokens").screenshot(path=out / "token_view.png")
+        page.locator(".response .text span").nth(1).hover()
+        box = page.evaluate(
+            "(({x, y, width}) => ({x, y: y + scrollY, width, height: 1000}))(tokens.getBoundingClientRect())"
+        )
+        page.screenshot(path=out / "token_view.png", full_page=True, clip=box)
 
 
 def main() -> None:

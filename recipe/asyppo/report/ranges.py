@@ -75,6 +75,13 @@ METRICS = [
     ),
     Metric("asyppo/critic_<m>/lr", "learning rate", note="as configured"),
     Metric(
+        "asyppo/critic_<m>/skipped_updates",
+        "its updates of this step that verl skipped because the gradient was not finite",
+        high=0,
+        note="three steps without a finite one stop the run",
+        advice="lower critic.optim.lr or raise critic.optim.lr_warmup_steps",
+    ),
+    Metric(
         "asyppo/critic_<m>/explained_var",
         "1 - Var[return - value] / Var[return] over the whole batch, its own shard and the others'",
         low=0,
@@ -119,7 +126,7 @@ METRICS = [
         "share of the masked tokens that ties decided, by the order of their rows",
         high=0.1,
         note="more means that values are too coarse, or critics too equal",
-        advice="let the critics compute in float32 (critic.fsdp.mixed_precision), see explained variance",
+        advice="let the critics differ: other heads (asyppo.head_seed) or models (asyppo.critic_overrides.<m>.model.path)",
         of_several=True,
     ),
     Metric(

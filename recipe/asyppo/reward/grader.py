@@ -33,7 +33,7 @@ from recipe.asyppo.reward.answer_text import ARGUMENT, number
 # Misread without an error: words, 5 6 (as 5 + 6), u x v, n!! and gcd(m, n) (as u v, (n!)! and 1), 1011_2 (as 1011), A^T,
 # f^{(n)} and f^{-1}(x) (as A, f^n and 1/f).
 UNREADABLE = re.compile(
-    r"\\(?:text|circ|mod|partial|nabla)(?![a-z])|\d \d|\d_|%|!!|\\vec.*\\times|[^\W\d_]\\times ?[^\W\d_]"
+    r"\\(?:text|circ|mod|partial|nabla)(?![a-z])|\d \d|\d[eE][+-]?\d|\d_|%|!!|\\vec.*\\times|[^\W\d_]\\times ?[^\W\d_]"
     r"|\\(?:gcd|lcm)\([^()]*[a-z]|[A-Z]\^\{\\?(?:[Tc*]|top|ast|dagger)\}|[A-Za-z]\^\{\(\w+\)\}|(?<![\\A-Za-z])[f-h]\^\{-1\}\("
 )
 # Sines of degrees; f' is a name of its own, and E and I are names, not Euler's number and the imaginary unit.
