@@ -6,6 +6,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
+# The report's page is opened in a real browser, which pip does not bring.
+if ! command -v chromium google-chrome chrome > /dev/null && [ "$(id -u)" = 0 ]; then
+    echo "test: installing chromium"
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null
+fi
 unset PYTHONDONTWRITEBYTECODE # what a hundred processes import is compiled once
 FAST="not ray and not e2e"
 ON_ALL_CORES=(-n auto --dist loadfile)
