@@ -1,13 +1,64 @@
-"""What is in a checkpoint of verl: the mini-critics' folders, and the files of one model that FSDP ranks saved."""
+"""verl's folders of checkpoints and models: find the last, say whether it is complete and whether it fits the run.
 
+A run writes ``<root>/global_step_<n>/{actor,critic,data.pt}``, with one file of each kind for every FSDP rank, and then,
+when all is there, n into a tracker file. Mini-critics have folders of their own, ``critic/critic_<m>``.
+"""
+
+import dataclasses
 import json
-import os
-import re
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-_SHARD_FILE = re.compile(r"_world_size_(\d+)_rank_\d+\.pt$")
-"""How verl names what one FSDP rank saved."""
+TRACKER = "latest_checkpointed_iteration.txt"
+FILES = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
+"""What verl's ``checkpoint.load_contents`` calls a thing, and how the names of its files begin."""
+OTHERWISE = (
+    "resume from another one (trainer.resume_mode=resume_path trainer.resume_from_path=...), or start anew with "
+    "trainer.resume_mode=disable"
+)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Weights of a Hugging Face folder, in the order in which transformers looks for them."""
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Steps that have a folder ``global_step_<n>`` below ``root``, in order."""
+    names = (folder.name.removeprefix("global_step_") for folder in root.glob("global_step_*") if folder.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def latest_step(root: Path) -> int | None:
+    """Step of the last complete checkpoint below ``root``, verl's ``trainer.default_local_dir``; None before the first.
+
+    Raises:
+        ValueError: if the file that says so names no checkpoint, with the fix.
+    """
+    tracker = root / TRACKER
+    if not tracker.exists():
+        return None
+    step = tracker.read_text().strip()
+    if not step.isdecimal() or not (root / f"global_step_{step}").is_dir():
+        raise ValueError(
+            f"{tracker} names step {step!r}, but there are checkpoints of the steps {saved_steps(root)}; write the step of "
+            "the last complete one into that file"
+        )
+    return int(step)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The ``global_step_N`` folder that ``path`` is, or the latest one of the run in ``path``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for run in (path, path / "checkpoints"):
+        if (step := latest_step(run)) is not None:
+            path = run / f"global_step_{step}"
+            break
+    if not path.is_dir():
+        raise ValueError(f"the checkpoint {path} does not exist; name a global_step_N folder or a run folder")
+    return path
 
 
 def critic_folders(num_critics: int) -> list[str]:
@@ -15,21 +66,21 @@ def critic_folders(num_critics: int) -> list[str]:
     return [f"critic_{index}" for index in range(num_critics)]
 
 
-def check_checkpoint(
-    path: str, num_critics: int, *, held: Iterable[int] | None = None, ranks: int | None = None
-) -> None:
-    """Refuse a checkpoint that does not fit the run, before anything of it is loaded.
+# -- resuming ------------------------------------------------------------------------------------------------------
+
+
+def check_critics(path: Path, num_critics: int, *, held: Iterable[int] | None = None) -> None:
+    """Refuse a ``critic`` folder of a run with another number of mini-critics.
 
     Args:
-        path: the folder with the folders of the mini-critics.
+        path: the folder with those of the mini-critics.
         num_critics: M; a folder of a further critic is refused.
         held: critics whose folders must be there (default: all M); with disks of their own, a node has only its critics'.
-        ranks: ranks of one critic (None: any), which FSDP's files are bound to.
 
     Raises:
-        ValueError: naming the folder, what is wrong with it, and the cure.
+        ValueError: naming the folder, what is wrong with it, and the fix.
     """
-    found = {name for name in (os.listdir(path) if os.path.isdir(path) else []) if name.startswith("critic_")}
+    found = {folder.name for folder in path.glob("critic_*")}
     names = critic_folders(num_critics)
     expected = {names[index] for index in (range(num_critics) if held is None else held)}
     missing, unexpected = sorted(expected - found), sorted(found - set(names))
@@ -39,22 +90,99 @@ def check_checkpoint(
             f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; "
             "set num_critics to what the run was saved with, or trainer.resume_mode=disable to start anew"
         )
-    for name in sorted(expected) if ranks is not None else []:
-        folder = os.path.join(path, name)
-        sizes = {int(match[1]) for match in map(_SHARD_FILE.search, os.listdir(folder)) if match}
-        if sizes and ranks not in sizes:
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One model of a checkpoint, as those who load it need it."""
+
+    folder: Path
+    """``actor`` or ``critic/critic_<m>`` below ``global_step_<n>``."""
+    ranks: int
+    """Workers that saved a file each, and load it."""
+    contents: Sequence[str] | None
+    """What is loaded, in verl's words; None for everything."""
+    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the saved model's configuration must say."""
+
+
+def check_files(model: Model, ranks: Iterable[int]) -> None:
+    """Refuse a folder in which a file of one of the given ranks is missing or cut off.
+
+    Raises:
+        ValueError: naming folder, file and fix.
+    """
+    begins = [begin for content, begin in FILES.items() if model.contents is None or content in model.contents]
+    for rank in ranks:
+        for begin in begins:
+            file = model.folder / f"{begin}_world_size_{model.ranks}_rank_{rank}.pt"
+            if not file.exists():
+                found = sorted({path.name.split("_rank_")[0] for path in model.folder.glob("*_world_size_*.pt")})
+                raise ValueError(
+                    f"the checkpoint {model.folder} has no {file.name} (it has {', '.join(found) or 'nothing of the kind'}); "
+                    "resume on as many GPUs as it was saved on (critics: asyppo.placement and asyppo.pool), with the contents "
+                    f"that it was saved with, {OTHERWISE}"
+                )
+            check_archive(file, "the checkpoint file")
+
+
+def check_archive(file: Path, name: str) -> None:
+    """Refuse a file of ``torch.save`` without its table of contents, which is written last."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{name} {file} is missing or corrupt, its end is not there; {OTHERWISE}")
+
+
+def check_sizes(model: Model) -> None:
+    """Refuse a folder whose model has another architecture than the configured one.
+
+    Raises:
+        ValueError: naming folder, size and fix.
+    """
+    file = model.folder / "huggingface" / "config.json"
+    try:
+        saved = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} of the checkpoint cannot be read ({error}); {OTHERWISE}") from error
+    saved = saved.get("text_config", saved)
+    for key, wanted in model.sizes.items():
+        if saved.get(key, wanted) != wanted:
             raise ValueError(
-                f"the checkpoint {folder} was saved by {' or '.join(map(str, sorted(sizes)))} ranks, but a mini-critic now "
-                f"has {ranks}, and FSDP checkpoints keep their number of ranks; choose asyppo.placement and asyppo.pool so "
-                "that every critic has as many again, or trainer.resume_mode=disable to start anew"
+                f"the checkpoint {model.folder} is of another model: {key}={saved[key]}, while the configured model has "
+                f"{wanted}; configure the model that it was trained from, {OTHERWISE}"
             )
 
 
-def check_model(folder: Path) -> None:
-    """Refuse a folder ("actor", "critic/critic_<m>") that does not hold one whole model to be merged.
+# -- weights to be used elsewhere ----------------------------------------------------------------------------------
+
+
+def find_models(checkpoint: Path) -> dict[str, Path]:
+    """The models in a checkpoint: name and folder, the actor first.
 
     Raises:
-        ValueError: naming the folder, the missing files, and the cure.
+        ValueError: if there are none, or if the mini-critics are not numbered from 0 without a gap.
+    """
+    actor, critic = checkpoint / "actor", checkpoint / "critic"
+    models = {"actor": actor} if actor.is_dir() else {}
+    if found := {path.name for path in critic.glob("critic_*")}:
+        names = critic_folders(len(found))
+        if found != set(names):
+            raise ValueError(
+                f"{critic} holds {', '.join(sorted(found))} instead of {', '.join(names)}; bring all mini-critics together, "
+                "or name another checkpoint"
+            )
+        models |= {name: critic / name for name in names}
+    elif critic.is_dir() and any(critic.iterdir()):
+        models["critic"] = critic
+    if not models:
+        raise ValueError(f"{checkpoint} holds neither actor nor critic; name a global_step_N folder or a run folder")
+    return models
+
+
+def check_shards(folder: Path) -> None:
+    """Refuse a folder ("actor", "critic/critic_<m>") without all FSDP shards of one model.
+
+    Raises:
+        ValueError: naming the folder, the missing files, and the fix.
     """
     if (folder / "lora_train_meta.json").exists():
         raise ValueError(f"{folder} is a LoRA checkpoint; merge the adapter into its model, and name that folder")
@@ -72,3 +200,36 @@ def check_model(folder: Path) -> None:
             f"{folder} is incomplete: {', '.join(missing)} missing; wait until it is written, bring the files of all {count} "
             "ranks together, and save 'model' (checkpoint.save_contents)"
         )
+
+
+def check_weights(key: str, folder: Path) -> None:
+    """Refuse a Hugging Face folder whose weights are missing, incomplete or cut off; only headers are read.
+
+    Args:
+        key: the setting that names the folder.
+        folder: what transformers will be given.
+
+    Raises:
+        ValueError: naming key, file and fix.
+    """
+    from safetensors import SafetensorError, safe_open  # late: the recipe's console looks for checkpoints only
+
+    fix = "copy or download the model again"
+    names = {path.name for path in folder.iterdir()}
+    main = next((name for name in WEIGHTS if name in names), None)
+    if main is None:
+        if any(name.endswith((".safetensors", ".bin")) for name in names):
+            return  # under names that the model's own code may know
+        raise ValueError(f"{key}={folder} has a configuration but no weights (*.safetensors); {fix}")
+    files = {main}
+    if main.endswith(".json"):
+        files = set(json.loads((folder / main).read_text())["weight_map"].values())
+        if missing := sorted(files - names):
+            raise ValueError(f"{key}={folder} lacks {', '.join(missing)}, which {main} lists; {fix}")
+    for name in sorted(files):
+        try:
+            if name.endswith(".safetensors"):
+                with safe_open(folder / name, framework="pt"):  # the header says how long the file must be
+                    pass
+        except SafetensorError as error:
+            raise ValueError(f"{key}={folder}: {name} is corrupt ({error}); {fix}") from error

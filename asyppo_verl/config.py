@@ -1,7 +1,9 @@
-"""The knobs of AsyPPO, with the paper's defaults."""
+"""The options of AsyPPO, with the paper's defaults."""
 
 import dataclasses
 import difflib
+import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
@@ -13,6 +15,9 @@ SUPPORTED_VERL = ("0.9.0", "0.9.1")
 
 PLUGIN_MODULE = "asyppo_verl.plugin"
 """What a process imports to know AsyPPO."""
+
+TRAINER_MODES = ("sync", "colocate_async", "separate_async")
+"""verl's trainers, ``trainer.v1.trainer_mode``."""
 
 TRAINER_PREFIX = "asyppo_"
 """Ours are called "asyppo_sync" and so on, names that only a process with the plugin knows."""
@@ -114,7 +119,7 @@ class AsyPPOConfig:
     """The top-level ``asyppo`` node of a verl configuration; every key is optional.
 
     Raises:
-        ValueError: if a value is out of range, naming key, value and cure.
+        ValueError: if a value is out of range, naming key, value and fix.
     """
 
     num_critics: int = 2
@@ -179,11 +184,7 @@ class AsyPPOConfig:
             raise ValueError(f"asyppo.critic_lam={self.critic_lam} must lie in [0, 1]; 1 is the Monte-Carlo return")
         if self.shard not in ("group", "prompt", "none"):
             raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
-        if self.placement not in PLACEMENTS:
-            raise ValueError(
-                f"asyppo.placement={self.placement!r} is unknown{nearest(self.placement, PLACEMENTS)}; "
-                f"set one of {', '.join(PLACEMENTS)}"
-            )
+        check_known("asyppo.placement", self.placement, PLACEMENTS)
         self._check_overrides()
 
     @property
@@ -251,7 +252,38 @@ class AsyPPOConfig:
         return cls(**node)
 
 
+def is_asyppo(config: Any) -> bool:
+    """True if ``algorithm.adv_estimator`` is asyppo."""
+    return str(config.algorithm.adv_estimator) == ESTIMATOR
+
+
+def trainer_mode(config: Any) -> str:
+    """The mode as verl calls it, before and after :func:`asyppo_verl.preflight.prepare`."""
+    return str(config.trainer.v1.trainer_mode).removeprefix(TRAINER_PREFIX)
+
+
+def verl_version() -> str:
+    """The version of the installed verl."""
+    return importlib.metadata.version("verl")
+
+
+def is_supported_verl() -> bool:
+    """True if the installed verl is a release that this package is tested with, or a dev, rc, post or local build of one."""
+    release = re.match(r"\d+(\.\d+)*", verl_version())
+    return release is not None and release[0] in SUPPORTED_VERL
+
+
 def nearest(key: str, names: Sequence[str]) -> str:
     """A hint for an error message: the valid name that a mistyped one is closest to, or nothing."""
     close = difflib.get_close_matches(str(key), names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def check_known(key: str, value: Any, names: Sequence[str]) -> None:
+    """Refuse a value that is not among ``names``.
+
+    Raises:
+        ValueError: naming key, value, the nearest valid one and all of them.
+    """
+    if value not in names:
+        raise ValueError(f"{key}={value!r} is unknown{nearest(value, names)}; set one of {', '.join(names)}")

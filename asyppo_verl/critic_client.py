@@ -37,7 +37,7 @@ class CriticClient:
         for one in {self._all, *self._groups}:
             # verl asks the ranks at their first call, and would then wait for that very call to end.
             one._collect_info[MESH] = one._query_collect_info(MESH)
-        nodes = [node.config for node in critic_nodes(config, asyppo)]
+        nodes = critic_nodes(config, asyppo)
         self._micro_batches = [1 if node.use_dynamic_bsz else node.ppo_micro_batch_size_per_gpu for node in nodes]
         self._steps_without_update = [0] * asyppo.num_critics
         self._evaluation: Any = None

@@ -1,9 +1,9 @@
-"""verl's ``critic`` node as each mini-critic has it: with its own settings merged in."""
+"""The run as each mini-critic has it: a complete verl configuration whose ``critic`` node is that critic's."""
 
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -11,52 +11,67 @@ from omegaconf.errors import OmegaConfBaseException
 from asyppo_verl.config import AsyPPOConfig, nearest
 
 
-@dataclasses.dataclass(frozen=True)
-class CriticNode:
-    """The node of one mini-critic, and which of its settings are its own."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A verl configuration, and the mini-critics that are built from its ``critic`` node."""
 
-    index: int
-    """m."""
     config: DictConfig
-    """The merged node."""
+    asyppo: AsyPPOConfig
+    critics: tuple[int, ...]
+    """The mini-critics with these settings."""
     own: Mapping[str, Any]
-    """``asyppo.critic_overrides.<m>``."""
+    """``asyppo.critic_overrides.<m>`` of the one critic that these settings are of; empty for those that share verl's."""
+
+    def get(self, key: str) -> Any:
+        """The value of a key, None where it or a node above it is missing or null."""
+        return OmegaConf.select(self.config, key)
 
     def key(self, name: str) -> str:
-        """Where the value of a setting such as "optim.lr" was given, for a message."""
-        node: Any = self.own
-        for part in name.split("."):
+        """Where the value of a key such as "critic.optim.lr" was given, for a message."""
+        section, _, rest = name.partition(".")
+        node: Any = self.own if section == "critic" and rest else None
+        for part in rest.split("."):
             if not isinstance(node, Mapping) or part not in node:
-                return f"critic.{name}"
+                return name
             node = node[part]
-        return f"asyppo.critic_overrides.{self.index}.{name}"
-
-    def whole_key(self, name: str) -> str:
-        """The same for a key of the whole configuration, such as "critic.optim"."""
-        return name if name == "critic" else self.key(name.removeprefix("critic."))
+        return f"asyppo.critic_overrides.{self.critics[0]}.{rest}"
 
 
-def critic_nodes(config: DictConfig, asyppo: AsyPPOConfig) -> list[CriticNode]:
-    """The nodes of all mini-critics.
+def read_config(config: DictConfig) -> AsyPPOConfig:
+    """The checked ``asyppo`` node of a verl configuration; defaults where it is silent.
 
     Raises:
-        ValueError: as :func:`critic_node`.
+        ValueError: naming key, value and fix.
     """
-    return [
-        CriticNode(index, critic_node(config, asyppo, index), asyppo.critic_overrides.get(index, {}))
-        for index in range(asyppo.num_critics)
-    ]
+    node = config.get("asyppo")
+    if node is not None and not OmegaConf.is_dict(node):
+        raise ValueError(
+            f"asyppo={node!r} must be a mapping such as {{num_critics: 2}}; set single keys: +asyppo.num_critics=2"
+        )
+    return AsyPPOConfig.from_node(node and cast(dict, OmegaConf.to_container(node, resolve=True)))
 
 
-def critic_node(config: DictConfig, asyppo: AsyPPOConfig, index: int) -> DictConfig:
-    """verl's ``critic`` node with the overrides of mini-critic ``index`` merged in.
+def runs(config: DictConfig, asyppo: AsyPPOConfig) -> list[Run]:
+    """The run as configured, then as each critic with settings of its own has it.
 
     Raises:
         ValueError: if an override names a key that verl's critic node does not have.
     """
-    overrides = asyppo.critic_overrides.get(index)
-    if not overrides:
-        return config.critic
+    own = {index: settings for index, settings in sorted(asyppo.critic_overrides.items()) if settings}
+    shared = tuple(index for index in range(asyppo.num_critics) if index not in own)
+    return [
+        Run(config, asyppo, shared, {}),
+        *(Run(_merged(config, index, settings), asyppo, (index,), settings) for index, settings in own.items()),
+    ]
+
+
+def critic_nodes(config: DictConfig, asyppo: AsyPPOConfig) -> list[DictConfig]:
+    """verl's ``critic`` node of every mini-critic; those without settings of their own share one."""
+    nodes = {index: run.config.critic for run in runs(config, asyppo) for index in run.critics}
+    return [nodes[index] for index in range(asyppo.num_critics)]
+
+
+def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> DictConfig:
     # Merged from the root, so that verl's interpolations still resolve.
     merged = copy.deepcopy(config)
     OmegaConf.set_struct(merged, True)
@@ -66,13 +81,13 @@ def critic_node(config: DictConfig, asyppo: AsyPPOConfig, index: int) -> DictCon
     except OmegaConfBaseException as error:
         name = str(error.full_key or "").removeprefix("critic.")
         known = [str(key) for key in error.parent_node or []]
-        cure = (
+        fix = (
             f"{nearest(str(error.key), known)}; valid: {', '.join(known)}"
             if known
             else f" ({str(error).splitlines()[0]})"
         )
         raise ValueError(
-            f"asyppo.critic_overrides.{index}.{name} is not a setting of verl's critic node{cure}"
+            f"asyppo.critic_overrides.{index}.{name} is not a setting of verl's critic node{fix}"
         ) from error
     key = "ulysses_sequence_parallel_size"
     if merged.critic.fsdp[key] != config.critic.fsdp[key]:
@@ -80,4 +95,4 @@ def critic_node(config: DictConfig, asyppo: AsyPPOConfig, index: int) -> DictCon
             f"asyppo.critic_overrides.{index}.fsdp.{key}={merged.critic.fsdp[key]}: critic {index} gets its data together "
             f"with the others, so all need critic.fsdp.{key}={config.critic.fsdp[key]}; remove the override"
         )
-    return merged.critic
+    return merged

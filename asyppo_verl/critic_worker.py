@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
 
 from asyppo_verl import value_model
-from asyppo_verl.checkpoint import check_checkpoint, critic_folders
+from asyppo_verl.checkpoint import Model, check_critics, check_files, critic_folders
 
 CRITIC_ID = "asyppo_critic_id"
 """Batch-level field: the mini-critic that a training call is for."""
@@ -252,10 +253,13 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         """Load every critic from ``critic_<m>``.
 
         Raises:
-            ValueError: if the folders do not fit this run's critics and their ranks, before anything is loaded.
+            ValueError: if the folders do not fit this run's critics and this rank, before anything is loaded.
         """
-        ranks = torch.distributed.get_world_size()
-        check_checkpoint(local_path, len(self.specs), held=self.critics, ranks=ranks)
+        check_critics(Path(local_path), len(self.specs), held=self.critics)
+        ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        for folder, _, critic in self._folders(local_path, None):
+            contents = critic.checkpoint_config.load_contents
+            check_files(Model(Path(folder), ranks, contents), [rank])
         for folder, remote, critic in self._folders(local_path, hdfs_path):
             critic.load_checkpoint(folder, remote, del_local_after_load)
 

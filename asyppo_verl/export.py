@@ -20,8 +20,7 @@ from transformers import AutoConfig, AutoModelForTokenClassification
 from verl.model_merger.base_model_merger import ModelMergerConfig
 from verl.model_merger.fsdp_model_merger import FSDPModelMerger
 
-from asyppo_verl.checkpoint import check_model, critic_folders
-from asyppo_verl.retention import latest_step
+from asyppo_verl.checkpoint import check_shards, find_checkpoint, find_models
 
 
 def export(checkpoint: Path, out: Path, *, trust_remote_code: bool = False) -> list[str]:
@@ -39,50 +38,16 @@ def export(checkpoint: Path, out: Path, *, trust_remote_code: bool = False) -> l
     """
     if out.exists():
         raise ValueError(f"{out} exists already; name a new folder, or remove it")
-    parts = find_parts(find_checkpoint(checkpoint))
-    for folder in parts.values():
-        check_model(folder)
+    models = find_models(find_checkpoint(checkpoint))
+    for folder in models.values():
+        check_shards(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         exported = Path(aside) / out.name
-        for name, folder in parts.items():
+        for name, folder in models.items():
             _Merger(folder, exported / name, is_critic=name != "actor", trust_remote_code=trust_remote_code).export()
         exported.rename(out)
-    return list(parts)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The ``global_step_N`` folder that ``path`` is, or the latest one of the run in ``path``."""
-    for run in (path, path / "checkpoints"):
-        if (step := latest_step(run)) is not None:
-            path = run / f"global_step_{step}"
-            break
-    if not path.is_dir():
-        raise ValueError(f"the checkpoint {path} does not exist; name a global_step_N folder or a run folder")
-    return path
-
-
-def find_parts(checkpoint: Path) -> dict[str, Path]:
-    """The models in a checkpoint: name and folder, the actor first.
-
-    Raises:
-        ValueError: if there are none, or if the mini-critics are not numbered from 0 without a gap.
-    """
-    actor, critic = checkpoint / "actor", checkpoint / "critic"
-    parts = {"actor": actor} if actor.is_dir() else {}
-    if found := {path.name for path in critic.glob("critic_*")}:
-        names = critic_folders(len(found))
-        if found != set(names):
-            raise ValueError(
-                f"{critic} holds {', '.join(sorted(found))} instead of {', '.join(names)}; bring all mini-critics together, "
-                "or name another checkpoint"
-            )
-        parts |= {name: critic / name for name in names}
-    elif critic.is_dir() and any(critic.iterdir()):
-        parts["critic"] = critic
-    if not parts:
-        raise ValueError(f"{checkpoint} holds neither actor nor critic; name a global_step_N folder or a run folder")
-    return parts
+    return list(models)
 
 
 class _Merger(FSDPModelMerger):

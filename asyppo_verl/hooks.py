@@ -40,9 +40,9 @@ def _on_supported_verl(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
     """Make a hook idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched."""
 
     def hooked(module: Any) -> None:
-        from asyppo_verl import preflight
+        from asyppo_verl.config import is_supported_verl
 
-        if preflight.is_supported_verl():
+        if is_supported_verl():
             hook(module)
 
     return hooked
@@ -59,22 +59,22 @@ def _check_configurations(config_module: Any) -> None:
 
 
 def _need_critic(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> bool:
-    from asyppo_verl import preflight
+    from asyppo_verl.config import is_asyppo
 
     config = args[0] if args else kwargs["config"]
-    return preflight.is_asyppo(config) or wrapped(config)
+    return is_asyppo(config) or wrapped(config)
 
 
 def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
-    from asyppo_verl import preflight
-    from asyppo_verl.preflight.files import check_paths
+    from asyppo_verl.config import is_asyppo
+    from asyppo_verl.preflight import prepare
+    from asyppo_verl.preflight.support import check_estimator
 
     config = args[0] if args else kwargs["config"]
-    if preflight.is_asyppo(config):
-        preflight.prepare(config)
-        check_paths(config)
+    if is_asyppo(config):
+        prepare(config)
     else:
-        preflight.pass_over(config)
+        check_estimator(config)
     return wrapped(*args, **kwargs)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,16 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
-from asyppo_verl import asyppo, batch_checks, batch_io, inspection, mini_batches, preflight, selection
+from asyppo_verl import asyppo, batch_checks, batch_io, inspection, mini_batches, selection
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.config import TRAINER_PREFIX
 from asyppo_verl.critic_client import CriticClient
-from asyppo_verl.critic_settings import critic_nodes
+from asyppo_verl.critic_settings import critic_nodes, read_config
 from asyppo_verl.critic_worker import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, selection_metrics
 from asyppo_verl.retention import older_ones_last
+
+logger = logging.getLogger(__name__)
 
 CRITIC_POOL = "critic_pool"
 """verl's name for the GPUs of ``asyppo.pool``."""
@@ -41,21 +44,32 @@ else:
 class AsyPPOMixin(_Base):
     """Put before one of verl's V1 trainers: ``class T(AsyPPOMixin, PPOTrainerSync)``."""
 
+    total_training_steps: int
     _has_warned = False
 
     def __init__(self, config: DictConfig) -> None:
-        self.asyppo = preflight.read_config(config)
+        self.asyppo = read_config(config)
         with open_dict(config):
             config.critic.enable = True
             config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
         super().__init__(config)
 
+    def _init_dataloader(self) -> None:
+        """verl's, after which the last step is the one that the data last for: it is saved and validated as the last."""
+        super()._init_dataloader()
+        lasts = self.steps_per_epoch * math.ceil(self.config.trainer.total_epochs)
+        if lasts < self.total_training_steps:
+            logger.warning(
+                f"the data last for {lasts} steps, so the run ends before trainer.total_training_steps="
+                f"{self.total_training_steps}; raise trainer.total_epochs={self.config.trainer.total_epochs} to go on"
+            )
+            self.total_training_steps = lasts
+
     # -- workers ---------------------------------------------------------------------------------------------------
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        nodes = critic_nodes(self.config, self.asyppo)
-        specs = critic_specs([node.config for node in nodes], self.asyppo.head_seed)
+        specs = critic_specs(critic_nodes(self.config, self.asyppo), self.asyppo.head_seed)
         worker = ensemble_worker_class(specs, split=self.asyppo.placement == "split")
         self.role_worker_mapping[Role.Critic] = ray.remote(worker)
         if self.asyppo.critics_are_apart:

@@ -1,5 +1,7 @@
 """Shared pieces: a toy task without training, and verl configurations composed as on the command line."""
 
+import copy
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,10 @@ os.environ["VERL_PLATFORM"] = "cpu"
 os.environ.setdefault("PYTHONHASHSEED", "0")
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -113,16 +119,24 @@ def overrides_for(toy: Path) -> list[str]:
         "data.train_batch_size=16",
         "trainer.n_gpus_per_node=1",
         "trainer.device=cpu",
+        # Logical: any machine can compose a configuration of any size.
+        "ray_kwargs.ray_init.num_cpus=999",
     ]
 
 
 def composing(base_overrides: list[str]) -> Callable:
     """What composes verl's configuration from these overrides and more."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
+
+    @functools.cache
+    def base(*groups: str):
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            return hydra_compose("ppo_trainer", overrides=[*groups, *base_overrides])
 
     def composed(*more: str):
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            return hydra_compose("ppo_trainer", overrides=[*base_overrides, *more])
+        groups = [override for override in more if "@" in override]
+        config = copy.deepcopy(base(*groups))
+        values = OverridesParser.create().parse_overrides([override for override in more if override not in groups])
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        return config
 
     return composed

@@ -1,28 +1,61 @@
-"""What the checks before Ray accept, what they only point out, and that they know verl as it is."""
+"""What the checks before Ray let through, what they only say, and that they know verl as it is."""
 
+import copy
 import inspect
+import json
 import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from good_settings import ESTIMATORS, LEGAL
 from omegaconf import OmegaConf
-from test_bad_input import driver
+from test_bad_input import complete, critic_copy, data, driver, edit, refusal, split_weights  # noqa: F401
+from transformers import AutoTokenizer, Qwen3ForTokenClassification
 
-from asyppo_verl.preflight import files, models, prepare
-from asyppo_verl.preflight.checkpoints import check_checkpoints, checkpoint_notices
-from asyppo_verl.preflight.choices import LOSS_AGG_MODES
-from asyppo_verl.preflight.kinds import default_config
-from asyppo_verl.preflight.models import ask_hub
-from asyppo_verl.resume import Part
+from asyppo_verl.config import SUPPORTED_VERL
+from asyppo_verl.preflight import gpus, prepare
+from asyppo_verl.preflight.support import LOSS_AGG_MODES
+from asyppo_verl.preflight.values import default_config
+
+OWN_MODULES = "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=mine"
 
 
-def test_the_defaults_that_kinds_are_compared_with_are_verls():
+@pytest.mark.parametrize("overrides", LEGAL)
+def test_legal_settings_are_let_through(complete, toy, overrides):  # noqa: F811
+    driver(complete(*overrides.replace("TOY", str(toy)).split()))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_run_with_another_estimator_is_left_alone(compose, caplog, estimator):
+    """A shared yaml may hold the asyppo node, wrong or not, while a baseline is run."""
+    config = compose(
+        f"algorithm.adv_estimator={estimator}",
+        "algorithm.use_pf_ppo=True",
+        "+asyppo.num_critics=-3",
+        "+num_critics=2",
+        "ray_kwargs.ray_init.num_cpus=1",
+        "critic.cliprange_value=no",
+        "trainer.resume_mode=disable",
+    )
+    before = copy.deepcopy(config)
+    with caplog.at_level(logging.DEBUG):
+        driver(config)
+    assert config == before and "asyppo" not in caplog.text
+
+
+def test_names_that_only_workers_know_are_left_to_them(compose):
+    driver(compose("algorithm.adv_estimator=AsyPPO", "critic.enable=True", OWN_MODULES))
+    prepare(compose("actor_rollout_ref.actor.policy_loss.loss_mode=mine", OWN_MODULES))
+
+
+# -- verl as it is -------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_that_types_are_compared_with_are_verls():
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("verl.trainer.config", version_base=None):
@@ -41,175 +74,294 @@ def test_the_loss_aggregations_are_verls():
     assert set(re.findall(r'"((?:token|seq)-[\w-]+)"', inspect.getsource(agg_loss))) == set(LOSS_AGG_MODES)
 
 
-# -- the method's name ---------------------------------------------------------------------------------------------
+def test_verls_gae_reads_no_other_setting():
+    """What could change rows or their meaning on the way to the advantages has a row in docs/options.md."""
+    from tensordict import TensorDict
+    from verl.protocol import DataProto
+    from verl.trainer.ppo.ray_trainer import compute_advantage
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    read: set[str] = set()
+
+    class Algorithm(dict):
+        def get(self, key, default=None):
+            read.add(key)
+            return default
+
+    rows = {"token_level_rewards": torch.rand(2, 3), "values": torch.rand(2, 3), "response_mask": torch.ones(2, 3)}
+
+    def advantages(std: bool):
+        batch = TensorDict({key: row.clone() for key, row in rows.items()}, batch_size=2)
+        found = compute_advantage(DataProto(batch=batch), "gae", norm_adv_by_std_in_grpo=std, config=Algorithm())
+        return found.batch["advantages"]
+
+    assert torch.equal(advantages(True), advantages(False)) and read == {"use_pf_ppo"}
+    source = inspect.getsource(PPOTrainer._compute_advantage)
+    assert set(re.findall(r"config\.algorithm\.(?:get\(\")?(\w+)", source)) == {
+        "use_kl_in_reward", "kl_penalty", "rollout_correction", "adv_estimator", "gamma", "lam", "norm_adv_by_std_in_grpo"
+    }  # fmt: skip
 
 
-def test_another_estimator_is_let_through_with_one_warning(compose, caplog):
-    """A shared yaml may hold the asyppo node, wrong or not, while a baseline is run."""
-    shared = ("+asyppo.num_critics=-3", "+algorithm.asyppo.num_critics=3", "critic.strategy=fsdp2")
-    with caplog.at_level(logging.WARNING):
-        driver(compose("algorithm.adv_estimator=gae", *shared))
-    assert caplog.text.count("the settings below asyppo are idle with algorithm.adv_estimator=gae") == 1
-    caplog.clear()
-    driver(compose("algorithm.adv_estimator=gae"))
-    assert "asyppo" not in caplog.text
+@pytest.mark.parametrize("version", ["0.8.0", "0.9.2", "0.9.2.dev0", "0.10.0", "0.9.1.1", "main"])
+def test_other_verl_versions_are_refused(compose, monkeypatch, version):
+    monkeypatch.setattr("asyppo_verl.config.verl_version", lambda: version)
+    monkeypatch.setattr("asyppo_verl.preflight.support.verl_version", lambda: version)
+    with pytest.raises(ValueError, match=rf"verl=={version} is not supported.*verl==0.9.0, verl==0.9.1"):
+        prepare(compose())
 
 
-def test_estimators_and_losses_that_only_workers_know_are_left_to_them(compose):
-    own = "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=mine"
-    driver(compose("algorithm.adv_estimator=asyppo_two", "critic.enable=True", own))
-    prepare(compose("actor_rollout_ref.actor.policy_loss.loss_mode=mine", own))
-    prepare(compose("actor_rollout_ref.actor.policy_loss.loss_mode=gspo"))
+@pytest.mark.parametrize("version", ["0.9.1.post1", "0.9.1.dev3", "0.9.1rc1", "0.9.1+cu129", "0.9.0.post2+local"])
+def test_builds_of_a_supported_verl_are_pointed_out(compose, monkeypatch, caplog, version):
+    monkeypatch.setattr("asyppo_verl.config.verl_version", lambda: version)
+    monkeypatch.setattr("asyppo_verl.preflight.support.verl_version", lambda: version)
+    prepare(compose())
+    assert f"verl=={version} is a build that asyppo_verl was not tested with" in caplog.text
 
 
-# -- values --------------------------------------------------------------------------------------------------------
+def test_the_installed_verl_is_supported_without_a_word(compose, caplog):
+    prepare(compose())
+    assert "not tested with" not in caplog.text and SUPPORTED_VERL == ("0.9.0", "0.9.1")
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "algorithm.rollout_correction.rollout_is_threshold=0.5_2.0",
-        "trainer.v1.sampler.max_off_policy_threshold=null",
-        "critic.optim.lr_warmup_steps=null",
-        "critic.optim.clip_grad=inf",
-        "critic.fsdp.reshard_after_forward=2",
-        "critic.profiler=null",
-        "trainer.logger=console",
-        "trainer.total_training_steps=0",
-    ],
-)
-def test_what_verl_takes_is_accepted(compose, override):
-    prepare(compose(override))
+# -- logical CPUs --------------------------------------------------------------------------------------------------
 
 
-def test_every_critic_is_built_by_verl_with_its_own_settings(compose):
-    own = ("optim.lr=0.5", "optim.lr_scheduler_type=cosine", "fsdp.param_offload=True")
-    prepare(compose(*(f"+asyppo.critic_overrides.1.{setting}" for setting in own)))
+def test_logical_cpus_are_counted_as_verl_asks_for_them(compose):
+    """Three for each GPU of a pool, two for a rollout's own, one for each of TransferQueue's actors."""
+    units = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+
+    def needed(*overrides: str) -> int:
+        return sum(gpus.needed_cpus(compose(*overrides)).values())
+
+    assert needed(f"{units}=1") == 3 + 1 + 1
+    assert needed() == 3 + 1 + 8
+    assert needed("trainer.n_gpus_per_node=8", "trainer.nnodes=2") == 3 * 16 + 1 + 8
+    assert needed("+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=2") == 3 + 3 * 2 + 1 + 8
+    separate = ("trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.rollout.nnodes=1")
+    assert needed(*separate, "actor_rollout_ref.rollout.n_gpus_per_node=4") == 3 + 2 * 4 + 1 + 8
+    model = ("reward.reward_model.enable_resource_pool=True", "reward.reward_model.nnodes=1")
+    assert needed(*model, "reward.reward_model.n_gpus_per_node=2") == 3 + 3 * 2 + 1 + 8
+    assert needed("reward.reward_manager.name=remote", "reward.num_workers=4") == 3 + 1 + 8 + 16
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------
+def test_too_few_logical_cpus_are_refused(compose, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    message = refusal(compose("ray_kwargs.ray_init.num_cpus=11"))
+    assert "ray_kwargs.ray_init.num_cpus=11 is below the 12 logical CPUs" in message
+    assert "set ray_kwargs.ray_init.num_cpus=12" in message and "8 (transfer_queue.backend" in message
+    driver(compose("ray_kwargs.ray_init.num_cpus=12"))
+    monkeypatch.setattr(gpus, "get_num_cpus", lambda _quiet: 11)
+    assert "num_cpus=None (the 11 cores of this machine)" in refusal(compose("ray_kwargs.ray_init.num_cpus=null"))
+    # An existing cluster is not ours to count.
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
+    driver(compose("ray_kwargs.ray_init.num_cpus=null"))
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    driver(compose("ray_kwargs.ray_init.num_cpus=1"))
+    assert "below the 12" in refusal(compose("ray_kwargs.ray_init.num_cpus=1", "+ray_kwargs.ray_init.address=local"))
 
 
-def test_a_slash_at_the_end_of_the_resumed_path_is_removed(compose, tmp_path, monkeypatch):
-    """verl reads the step with int() from what follows "global_step_"."""
-    looked_at: list[tuple[Path, list[Part]]] = []
-    monkeypatch.setattr("asyppo_verl.preflight.check_whole", lambda *arguments: looked_at.append(arguments))
-    (tmp_path / "global_step_3").mkdir()
-    config = compose("trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_3/")
-    prepare(config)
-    assert config.trainer.resume_from_path == f"{tmp_path}/global_step_3"
-    assert [path for path, _ in looked_at] == [tmp_path / "global_step_3"]
-
-
-def test_a_run_can_start_anew_though_a_path_is_named(compose):
-    prepare(compose("trainer.resume_mode=disable", "trainer.resume_from_path=/nowhere/global_step_3"))
-
-
-def test_checkpoints_without_optimizer_are_pointed_out(compose):
-    assert not checkpoint_notices(compose("trainer.save_freq=1"))
-    config = compose("trainer.save_freq=1", "critic.checkpoint.save_contents=[model,extra]")
-    check_checkpoints(config)
-    assert [line.split(":")[0] for line in checkpoint_notices(config)] == [
-        "critic.checkpoint.save_contents=['model', 'extra'] lacks 'optimizer'",
-        "critic.checkpoint.load_contents=['model', 'extra'] lacks 'optimizer'",
-    ]
-
-
-def test_more_may_be_loaded_than_a_run_that_saves_nothing_would_save(compose):
-    check_checkpoints(compose("critic.checkpoint.save_contents=[]", "critic.checkpoint.load_contents=[model]"))
-
-
-def test_a_folder_that_cannot_be_written_is_refused_if_something_is_saved(compose, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != tmp_path)
-    folder = f"trainer.default_local_dir={tmp_path}/deep/below"
-    with pytest.raises(ValueError, match=rf"default_local_dir={tmp_path}/deep/below: {tmp_path} cannot be written"):
-        check_checkpoints(compose(folder, "trainer.save_freq=1"))
-    check_checkpoints(compose(folder))
-    check_checkpoints(compose(folder, "trainer.save_freq=1", "trainer.nnodes=2"))
-    assert not list(tmp_path.iterdir()), "nothing is made"
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
-
-
-def test_files_need_not_be_on_this_node(compose):
-    files.check_paths(compose("trainer.nnodes=2", "data.train_files=/nowhere.parquet"))
-
-
-def test_an_own_data_set_reads_what_it_likes(compose, tmp_path):
-    (tmp_path / "mine.py").write_text("class Mine: ...\n")
-    own = (f"data.custom_cls.path={tmp_path}/mine.py", "data.custom_cls.name=Mine")
-    files.check_paths(compose(*own, "data.train_files=null"))
-    with pytest.raises(ValueError, match=r"data.custom_cls.name='Main' is not in .*; did you mean Mine\?"):
-        files.check_paths(compose(*own[:1], "data.custom_cls.name=Main", "data.train_files=null"))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "def compute_score(): ...",
-        "async def compute_score(): ...",
-        "from elsewhere import score as compute_score",
-        "from elsewhere import *",
-        "compute_score = make()",
-        "try:\n    from fast import compute_score\nexcept ImportError:\n    def compute_score(): ...",
-    ],
-)
-def test_a_reward_is_found_however_it_is_defined(compose, toy, tmp_path, text):
-    (tmp_path / "reward.py").write_text(text)
-    data = [f"data.{name}_files={toy}/train.parquet" for name in ("train", "val")]
-    files.check_paths(compose(*data, f"reward.custom_reward_function.path={tmp_path}/reward.py"))
-
-
-def test_a_function_inside_another_is_no_reward(compose, tmp_path):
-    (tmp_path / "reward.py").write_text("def make():\n    def compute_score(): ...\n    return compute_score\n")
-    with pytest.raises(ValueError, match="name='compute_score' is not in"):
-        files.check_paths(compose(f"reward.custom_reward_function.path={tmp_path}/reward.py"))
-
-
-# -- the hub -------------------------------------------------------------------------------------------------------
+# -- what is only said ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    """What the hub is asked for; it knows nothing."""
-    urls: list[str] = []
+def said(complete, caplog):  # noqa: F811
+    """What the driver says of a configuration that it accepts."""
 
-    def ask(url: str, timeout: float):
-        assert timeout == models.HUB_SECONDS
-        urls.append(url)
-        raise RepositoryNotFoundError("no", response=httpx.Response(404, request=httpx.Request("HEAD", url)))
+    def run(*overrides: str) -> str:
+        caplog.clear()
+        driver(complete(*overrides))
+        return caplog.text
 
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    return urls
+    return run
 
 
-def test_a_hub_that_answers_is_left_to_its_library(asked):
-    ask_hub("somebody/some-model")
-    assert len(asked) == 1 and asked[0].endswith("/somebody/some-model/resolve/main/config.json")
+def test_an_idle_entropy_filter_is_said(said):
+    assert said().count("entropy_coeff=0 gives no entropy bonus") == 1
+    assert "entropy" not in said("actor_rollout_ref.actor.entropy_coeff=0.1")
+    assert "entropy" not in said("+asyppo.entropy_filter_fraction=0")
 
 
-def test_nothing_is_asked_about_what_is_here(asked, toy, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(toy / "critic", tmp_path / "models" / "critic")
-    cached = tmp_path / "models--somebody--cached"
-    (cached / "snapshots" / "1").mkdir(parents=True)
-    (cached / "snapshots" / "1" / "config.json").write_text("{}")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name in (str(toy / "critic"), "models/critic", "hdfs://somewhere/critic", "/nowhere", "somebody/cached"):
-        ask_hub(name)
-    monkeypatch.setenv("VERL_USE_MODELSCOPE", "True")
-    ask_hub("somebody/elsewhere")
-    assert not asked
+@pytest.mark.parametrize("loss_mode", ["kl_cov", "clip_cov", "geo_mean"])
+def test_loss_modes_that_look_at_all_tokens_are_pointed_out(said, loss_mode):
+    assert f"loss_mode='{loss_mode}' looks at all" in said(f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode}")
 
 
-def test_a_hub_that_does_not_answer_is_an_error_at_once(monkeypatch, asked):
-    def silent(*_arguments, **_more):
-        raise httpx.ConnectTimeout("timed out")
+def test_critics_that_would_begin_equal_are_pointed_out(said, toy, tmp_path):
+    """One folder with a value head for both; with a folder each, or new heads, nothing is said."""
+    torch.manual_seed(0)
+    for name in ("first", "second"):
+        Qwen3ForTokenClassification.from_pretrained(toy / "critic", num_labels=1).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(toy / "critic").save_pretrained(tmp_path / name)
+    own = f"+asyppo.critic_overrides.1.model.path={tmp_path}/second"
+    assert "begin equal" not in said() + said(f"critic.model.path={tmp_path}/first", own)
+    assert f"2 mini-critics start from {tmp_path}/first with its value head" in said(
+        f"critic.model.path={tmp_path}/first"
+    )
 
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", silent)
-    with pytest.raises(OSError, match="cannot be asked: timed out"):
-        ask_hub("somebody/some-model")
+
+def test_data_that_end_before_the_run_are_pointed_out(said):
+    """The toy task has 1,024 rows: 64 batches of 16."""
+    message = said("trainer.total_epochs=2", "trainer.total_training_steps=129")
+    assert "the data last for 128 steps at most" in message and "set trainer.total_epochs=3" in message
+    assert "the data last" not in said("trainer.total_epochs=2", "trainer.total_training_steps=128")
+    assert "the data last" not in said("trainer.total_epochs=1")
+
+
+def test_the_last_step_of_the_data_is_the_last(complete):  # noqa: F811
+    """verl saves and validates at ``total_training_steps`` only; the learning rate schedule stays the one that was asked for."""
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    def trainer(*overrides: str):
+        cls = get_trainer_cls("asyppo_sync")
+        made = cls.__new__(cls)
+        made.config = complete("trainer.total_training_steps=5", "data.train_max_samples=50", *overrides)
+        made.trainer_mode, made.parameter_sync_step = "sync", 1
+        made._init_tokenizer()
+        made._init_dataloader()
+        return made
+
+    made = trainer("trainer.total_epochs=1")
+    assert (made.total_training_steps, made.config.critic.optim.total_training_steps) == (3, 5)
+    assert trainer("trainer.total_epochs=2").total_training_steps == 5
+
+
+def test_checkpoints_that_a_run_cannot_go_on_from_are_pointed_out(said):
+    assert "a run that resumes" not in said("trainer.save_freq=1") + said("critic.checkpoint.save_contents=[model]")
+    message = said("trainer.save_freq=1", "critic.checkpoint.save_contents=[model,extra]")
+    assert message.count("contents=['model', 'extra']: a run that resumes starts its optimizer anew") == 2
+    assert "starts its weights, optimizer" in said("trainer.save_freq=1", "critic.checkpoint.save_contents=[hf_model]")
+
+
+def test_a_reward_that_its_file_does_not_name_is_pointed_out(said, tmp_path):
+    file = tmp_path / "reward.py"
+    for text, found in (
+        ("def compute_score(): ...", True),
+        ("from elsewhere import *", True),
+        ("globals()['compute_score'] = None", True),
+        ("def compute_scor(): ...", False),
+    ):
+        file.write_text(text)
+        assert ("does not occur in" in said(f"reward.custom_reward_function.path={file}")) is not found
+
+
+def test_settings_that_nothing_reads_are_pointed_out(said):
+    assert "asypo={'num_critics': 3} is not read by AsyPPO" in said("+asypo.num_critics=3")
+    assert "resume_from_path=/nowhere/global_step_3 is not looked at" in said(
+        "trainer.resume_from_path=/nowhere/global_step_3"
+    )
+
+
+def test_a_megatron_actor_is_pointed_out(said):
+    """AsyPPO needs nothing of the actor's engine beyond verl's loss function, but nobody has run it."""
+    engine = ["actor@actor_rollout_ref.actor=megatron_actor", "ref@actor_rollout_ref.ref=megatron_ref"]
+    message = said(
+        *engine, "actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.actor.use_dynamic_bsz=True"
+    )
+    assert "actor_rollout_ref.actor.strategy=megatron: AsyPPO has been tested with actors on fsdp" in message
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+def test_a_critic_whose_embedding_is_only_padded_further_is_accepted(said, critic_copy):  # noqa: F811
+    edit(critic_copy / "config.json", vocab_size=320)
+    assert "vocab_size" not in said(f"critic.model.path={critic_copy}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (critic_copy / name).unlink()
+    assert "vocab_size=320 and 259, and no tokenizers" in said(f"critic.model.path={critic_copy}")
+
+
+def test_left_over_indices_are_passed_over_as_transformers_does(said, critic_copy):  # noqa: F811
+    for name in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
+        (critic_copy / name).write_text(json.dumps({"weight_map": {"a": "gone-00001-of-00002.bin"}}))
+        said(f"critic.model.path={critic_copy}")
+    split_weights(critic_copy)
+    shutil.copy(critic_copy / "model-00001-of-00002.safetensors", critic_copy / "model-00002-of-00002.safetensors")
+    said(f"critic.model.path={critic_copy}")
+
+
+def test_vision_language_actors(complete, toy, tmp_path, caplog, monkeypatch):  # noqa: F811
+    """Refused where verl counts positions along several axes; with others the critics see the text only."""
+    from transformers import Qwen2_5_VLConfig
+    from verl.workers.config import model
+
+    text = Qwen2_5_VLConfig().text_config.to_dict() | {"vocab_size": 259}
+    actor = shutil.copytree(toy / "actor", tmp_path / "actor")
+    Qwen2_5_VLConfig(text_config=text, architectures=["Qwen2_5_VLForConditionalGeneration"]).save_pretrained(actor)
+
+    class Processor:
+        chat_template = "{{ messages }}"
+
+    monkeypatch.setattr(model, "hf_processor", lambda *_args, **_more: Processor())
+    driver(complete(f"actor_rollout_ref.model.path={actor}"))
+    assert "the critics will see the text only, no images" in caplog.text
+    monkeypatch.setattr(Processor, "get_rope_index", print, raising=False)
+    again = actor.rename(tmp_path / "again")
+    message = refusal(complete(f"actor_rollout_ref.model.path={again}"))
+    assert f"actor_rollout_ref.model.path={again} is a vision-language model whose tokens have positions" in message
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_refused_if_something_is_saved(complete, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != tmp_path)
+    folder = f"trainer.default_local_dir={tmp_path}/deep/below"
+    message = refusal(complete(folder, "trainer.save_freq=1"))
+    assert f"default_local_dir={tmp_path}/deep/below: {tmp_path} is a file or cannot be written" in message
+    driver(complete(folder))
+    driver(complete(folder, "trainer.save_freq=1", "trainer.nnodes=2"))
+    assert not list(tmp_path.iterdir()), "nothing is made"
+
+
+@pytest.fixture
+def resumed(complete, toy, tmp_path):  # noqa: F811
+    """A configuration that resumes from a checkpoint of two ranks, of which the files of the given ones are here."""
+
+    def composed(*overrides: str, seen: tuple[int, ...] = (0, 1)):
+        step = tmp_path / "checkpoints" / "global_step_3"
+        for folder, source in (("actor", "actor"), ("critic/critic_0", "critic"), ("critic/critic_1", "critic")):
+            (step / folder / "huggingface").mkdir(parents=True)
+            shutil.copy(toy / source / "config.json", step / folder / "huggingface")
+            for begin in ("model", "optim", "extra_state"):
+                for rank in seen:
+                    torch.save({}, step / folder / f"{begin}_world_size_2_rank_{rank}.pt")
+        torch.save({}, step / "data.pt")
+        (step.parent / "latest_checkpointed_iteration.txt").write_text("3")
+        return complete(*overrides)
+
+    return composed
+
+
+TWO_RANKS, TWO_NODES = "trainer.n_gpus_per_node=2", ("trainer.nnodes=2", "trainer.n_gpus_per_node=1")
+
+
+def test_a_complete_checkpoint_is_accepted_without_a_word(resumed, caplog):
+    driver(resumed(TWO_RANKS))
+    assert "checkpoint" not in caplog.text
+
+
+@pytest.mark.parametrize("own", [(), ("+asyppo.critic_overrides.1.optim.lr=1",)])
+def test_files_of_a_rank_that_are_missing_on_one_node_are_refused(resumed, own):
+    message = refusal(resumed(TWO_RANKS, *own, seen=(0,)))
+    assert "has no model_world_size_2_rank_1.pt" in message and "trainer.resume_mode=disable" in message
+
+
+def test_files_of_other_nodes_are_left_to_their_ranks(resumed, tmp_path, caplog):
+    """Disks may be a node's own: what can be seen is looked at, the rest is said."""
+    driver(resumed(*TWO_NODES, seen=(0,)))
+    assert "of the checkpoint only this can be seen here: 1 of 2 ranks of" in caplog.text
+    os.truncate(tmp_path / "checkpoints/global_step_3/critic/critic_1/optim_world_size_2_rank_0.pt", 10)
+    caplog.clear()
+    step = tmp_path / "checkpoints" / "global_step_3"
+    again = step.rename(tmp_path / "global_step_3")
+    message = refusal(
+        resumed(*TWO_NODES, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={again}", seen=())
+    )
+    assert "critic_1/optim_world_size_2_rank_0.pt is missing or corrupt" in message
+
+
+def test_a_checkpoint_that_would_be_loaded_without_weights_is_refused(resumed):
+    message = refusal(resumed(TWO_RANKS, "critic.checkpoint.load_contents=[hf_model]"))
+    assert "checkpoint.load_contents=['hf_model'] lacks 'model'" in message and "critic_0" in message

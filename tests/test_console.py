@@ -87,6 +87,7 @@ def test_summary(tmp_path):
     write(tmp_path, range(1, 9))
     assert "reward       0.150 -> 0.750 (mean of the first and the last 2 of 8 steps)" in summary(tmp_path)
     assert "2.00 s" in summary(tmp_path) and str(tmp_path) in summary(tmp_path)
+    assert "ended early  after step 8 of 9" in summary(tmp_path, 9) and "early" not in summary(tmp_path, 8)
 
 
 def test_output_goes_to_the_log_and_a_failure_is_shown(tmp_path, capfd):

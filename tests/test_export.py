@@ -16,8 +16,9 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, Ra
 from verl.workers.engine_workers import TrainingWorker
 
 from asyppo_verl import preflight, value_model
+from asyppo_verl.checkpoint import find_checkpoint
 from asyppo_verl.critic_worker import value_field, worker_config
-from asyppo_verl.export import export, find_checkpoint, main
+from asyppo_verl.export import export, main
 
 # -- checkpoints written here, in verl's files ---------------------------------------------------------------------
 

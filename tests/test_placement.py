@@ -1,95 +1,17 @@
-"""Where the critics run, and what is refused before Ray starts: every message names numbers that work."""
+"""Where the critics run, and that a refusal names numbers that work."""
 
 import re
 
 import pytest
 
 from asyppo_verl.config import AsyPPOConfig, CriticPool
-from asyppo_verl.critic_settings import critic_nodes
-from asyppo_verl.placement import critic_ranks
-from asyppo_verl.preflight import prepare, read_config
-from asyppo_verl.preflight.combinations import check_against_verl
-from asyppo_verl.preflight.single_critics import check_critic
+from asyppo_verl.critic_settings import read_config, runs
+from asyppo_verl.preflight import prepare
+from asyppo_verl.preflight.gpus import check_placement, check_sequence_parallel, critic_ranks
+from asyppo_verl.preflight.values import check_batches
 
 POOL = "+asyppo.placement=pool"
 SPLIT = "+asyppo.placement=split"
-
-REFUSED = [
-    ("+asyppo.placement=apart", ["asyppo.placement='apart'", "colocated, pool, split"]),
-    ("+asyppo.placement=splits", ["did you mean split?"]),
-    ("+asyppo.pool=4", ["asyppo.pool=4", "{n_gpus_per_node: 4, nnodes: 1}"]),
-    ("+asyppo.pool.gpus=4", ["asyppo.pool.gpus=4", "valid keys: n_gpus_per_node, nnodes"]),
-    ("+asyppo.pool.n_gpus_per_node=-1", ["asyppo.pool.n_gpus_per_node=-1", "whole number"]),
-    ("+asyppo.pool.nnodes=1.5", ["asyppo.pool.nnodes=1.5", "whole number"]),
-    ("+asyppo.pool.n_gpus_per_node=4", ["asyppo.pool.n_gpus_per_node=4 is idle", "asyppo.placement=colocated"]),
-    (POOL, ["asyppo.placement=pool", "asyppo.pool.n_gpus_per_node=0", "set asyppo.pool.n_gpus_per_node=1 or more"]),
-    (SPLIT, ["asyppo.placement=split", "set asyppo.pool.n_gpus_per_node=2 or a multiple"]),
-    (f"{POOL} +asyppo.pool.n_gpus_per_node=2 +asyppo.pool.nnodes=0", ["asyppo.pool.nnodes=0", "asyppo.pool.nnodes=1"]),
-    (f"{SPLIT} +asyppo.pool.n_gpus_per_node=3", ["the 3 GPUs", "asyppo.num_critics=2", "2 or 4 GPUs would do"]),
-    (f"{SPLIT} +asyppo.pool.n_gpus_per_node=1", ["the 1 GPUs", "2 GPUs would do"]),
-    (
-        f"{POOL} +asyppo.pool.n_gpus_per_node=6",
-        ["32 responses", "6 data-parallel ranks", "multiple of 6", "1, 2, 4 or 8 GPUs"],
-    ),
-    (
-        f"{SPLIT} +asyppo.pool.n_gpus_per_node=6",
-        ["3 data-parallel ranks", "multiple of 3", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
-    ),
-    (
-        f"{SPLIT} +asyppo.pool.n_gpus_per_node=4 critic.fsdp.ulysses_sequence_parallel_size=4",
-        ["ulysses_sequence_parallel_size=4", "the 2 GPUs that a critic has", "set one of 1 or 2"],
-    ),
-    (
-        f"{POOL} +asyppo.pool.n_gpus_per_node=4 critic.fsdp.fsdp_size=3",
-        ["critic.fsdp.fsdp_size=3", "the 4 GPUs", "1, 2 or 4"],
-    ),
-    (
-        f"{POOL} +asyppo.pool.n_gpus_per_node=4 +asyppo.critic_overrides.1.fsdp.fsdp_size=3",
-        ["asyppo.critic_overrides.1.fsdp.fsdp_size=3", "critic 1"],
-    ),
-    (
-        "critic.strategy=fsdp critic.fsdp.fsdp_size=1 trainer.n_gpus_per_node=2",
-        ["critic.fsdp.fsdp_size=1 with critic.strategy=fsdp", "never averaged", "set critic.strategy=fsdp2"],
-    ),
-    (
-        f"critic.strategy=fsdp {POOL} +asyppo.pool.n_gpus_per_node=2 +asyppo.critic_overrides.1.fsdp.fsdp_size=1",
-        ["asyppo.critic_overrides.1.fsdp.fsdp_size=1", "the 2 GPUs that critic 1 has"],
-    ),
-    (
-        "actor_rollout_ref.actor.strategy=fsdp actor_rollout_ref.actor.fsdp_config.fsdp_size=1 trainer.n_gpus_per_node=2",
-        ["actor_rollout_ref.actor.fsdp_config.fsdp_size=1", "set actor_rollout_ref.actor.strategy=fsdp2"],
-    ),
-    (
-        f"{POOL} +asyppo.pool.n_gpus_per_node=4 trainer.n_gpus_per_node=8 +ray_kwargs.ray_init.num_gpus=8",
-        ["ray_kwargs.ray_init.num_gpus=8", "needs 12: 8 (trainer) + 4 (asyppo.pool)", "raise it to 12"],
-    ),
-    (
-        f"{POOL} +asyppo.pool.n_gpus_per_node=4 +ray_kwargs.ray_init.num_gpus=8 trainer.v1.trainer_mode=separate_async "
-        "actor_rollout_ref.rollout.nnodes=1 actor_rollout_ref.rollout.n_gpus_per_node=4",
-        ["needs 9: 1 (trainer) + 4 (asyppo.pool) + 4 (actor_rollout_ref.rollout)"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("overrides", "fragments"), REFUSED, ids=[overrides for overrides, _ in REFUSED])
-def test_refused(compose, overrides, fragments):
-    with pytest.raises(ValueError) as caught:
-        prepare(compose(*overrides.split()))
-    for fragment in fragments:
-        assert fragment in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        "critic.fsdp.fsdp_size=1 trainer.n_gpus_per_node=2",
-        "critic.strategy=fsdp critic.fsdp.fsdp_size=1",
-        "critic.strategy=fsdp critic.fsdp.fsdp_size=2 trainer.n_gpus_per_node=4",
-        f"critic.strategy=fsdp critic.fsdp.fsdp_size=1 trainer.n_gpus_per_node=2 {POOL} +asyppo.pool.n_gpus_per_node=1",
-    ],
-)
-def test_whole_copies_are_accepted_where_they_are_averaged_or_there_is_one(compose, overrides):
-    prepare(compose(*overrides.split()))
 
 
 @pytest.mark.parametrize("placement", ["pool", "split"])
@@ -100,9 +22,9 @@ def test_the_numbers_that_a_refusal_names_work(compose, placement):
     def tried(gpus: int) -> str:
         config.asyppo.pool.n_gpus_per_node = gpus
         try:
-            asyppo = read_config(config)
-            check_against_verl(config, asyppo)
-            check_critic(critic_nodes(config, asyppo)[0], config, asyppo)
+            run, *_ = runs(config, read_config(config))
+            for check in (check_placement, check_sequence_parallel, check_batches):
+                check(run)
         except ValueError as error:
             return str(error)
         return ""
@@ -122,7 +44,7 @@ def test_the_numbers_that_a_refusal_names_work(compose, placement):
 def test_ranks_of_a_critic(compose):
     def ranks(*overrides: str) -> int:
         config = compose("trainer.n_gpus_per_node=8", "trainer.nnodes=2", *overrides)
-        return critic_ranks(config, read_config(config))
+        return critic_ranks(runs(config, read_config(config))[0])
 
     pool = ("+asyppo.pool.n_gpus_per_node=4", "+asyppo.pool.nnodes=3")
     assert ranks() == 16

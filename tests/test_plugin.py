@@ -117,7 +117,7 @@ def test_a_bad_configuration_is_refused_before_ray_starts(toy, module):
     assert "ray init kwargs" not in run.stdout and "Started a local Ray instance" not in run.stderr
 
 
-def test_the_recipe_lists_every_knob_with_its_default(root):
+def test_the_recipe_lists_every_option_with_its_default(root):
     import dataclasses
 
     from asyppo_verl.config import AsyPPOConfig
@@ -128,14 +128,20 @@ def test_the_recipe_lists_every_knob_with_its_default(root):
 
 
 def test_the_doctor_finds_the_plugin_here_and_in_a_ray_worker():
-    run = python(["-m", "asyppo_verl.doctor"])
+    run = python(["-m", "asyppo_verl.doctor", "trainer.n_gpus_per_node=1", "ray_kwargs.ray_init.num_cpus=12"])
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "logical CPUs   12 needed: 3 GPUs of trainer x 3, 1 TransferQueue's controller, 8 " in run.stdout
     assert (
         "in this process: the plugin is active" in run.stdout and "in a Ray worker: the plugin is active" in run.stdout
     )
     assert "verl device    cpu" in run.stdout
 
 
-def test_the_doctor_names_the_cure():
+def test_the_doctor_counts_logical_cpus():
+    run = python(["-m", "asyppo_verl.doctor", "trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_cpus=12"])
+    assert run.returncode == 1 and "num_cpus=12 is below the 15 logical CPUs" in run.stdout, run.stdout + run.stderr
+
+
+def test_the_doctor_names_the_fix():
     run = python(["-m", "asyppo_verl.doctor"], VERL_USE_EXTERNAL_PLUGINS="none")
     assert run.returncode == 1 and "unset it, or add asyppo to the list" in run.stdout

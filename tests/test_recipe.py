@@ -14,8 +14,9 @@ import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
 
-from asyppo_verl import preflight
-from asyppo_verl.config import AsyPPOConfig
+from asyppo_verl.config import AsyPPOConfig, is_asyppo
+from asyppo_verl.critic_settings import read_config
+from asyppo_verl.preflight import prepare
 
 SIZES = ("4b", "8b", "14b")
 ALGORITHMS = {
@@ -77,8 +78,8 @@ def validated(overrides: list[str], yaml: Path | None = None):
             yaml.stem if yaml else "ppo_trainer",
             overrides=[line for line in overrides if not line.startswith("hydra.")],
         )
-    if preflight.is_asyppo(config):
-        preflight.prepare(config)
+    if is_asyppo(config):
+        prepare(config)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     for node in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.critic):
         omega_conf_to_dataclass(node)
@@ -312,7 +313,7 @@ def test_the_recipes_yaml_is_a_valid_configuration_with_the_defaults_of_the_plug
     ]
     lines += [f"{role}.strategy=fsdp2" for role in ("actor_rollout_ref.actor", "critic")]
     config = validated(lines, root / "recipe/asyppo/config/asyppo_trainer.yaml")
-    assert preflight.read_config(config) == AsyPPOConfig()
+    assert read_config(config) == AsyPPOConfig()
 
 
 def test_the_recipe_folder_stands_on_its_own(root, toy, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 from processes import wait_until_all_are_gone
 from test_recipe import DEFAULTS, environment
 
-from asyppo_verl.retention import latest_step
+from asyppo_verl.checkpoint import latest_step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

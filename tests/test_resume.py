@@ -1,4 +1,4 @@
-"""A crash costs nothing: killed at any moment, a run goes on from its last whole checkpoint as if nothing had been.
+"""A crash costs nothing: killed at any moment, a run goes on from its last complete checkpoint as if nothing had been.
 
 ``KILLS=10 pytest tests/test_resume.py -k killed`` adds kills at random moments to those that are chosen.
 """
@@ -58,7 +58,7 @@ def launch(root: Path, task: Path, run_dir: Path, tmp: str, *overrides: str, **e
         )
 
 
-def last_whole(run_dir: Path) -> int:
+def last_complete(run_dir: Path) -> int:
     """Step of the checkpoint that the next start resumes from, every file of it read."""
     tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     if not tracker.exists():
@@ -84,14 +84,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(root, task, tmp_path, short
     (run_dir / "probe").mkdir(parents=True)
     for kill in moments():
         step, _, moment = kill.partition(":")
-        if last_whole(run_dir) >= int(step):
+        if last_complete(run_dir) >= int(step):
             continue  # an earlier kill fell after this step, which is not taken again
         process = start(root, task, run_dir, short_tmp, kill)
         process.wait(timeout=600)
         assert process.returncode == -signal.SIGKILL, (run_dir / "shown").read_text()[-3000:]
         wait_until_all_are_gone(process.pid)
-        # The checkpoint of a step is whole before older ones are removed, and not before that.
-        assert last_whole(run_dir) == int(step) - (moment != "removal"), kill
+        # The checkpoint of a step is complete before older ones are removed, and not before that.
+        assert last_complete(run_dir) == int(step) - (moment != "removal"), kill
         if moment == "removal":
             unlogged.add(int(step))  # verl logs a step after its checkpoint
         if moment.startswith("half "):
@@ -148,7 +148,7 @@ def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended_until_told_to_e
     reward.write_text(BROKEN_REWARD)
     code, shown = run()
     assert code and "64 of 64 responses of step 2 have rewards that are not finite" in shown[-4000:], shown[-4000:]
-    assert last_whole(run_dir) == 1
+    assert last_complete(run_dir) == 1
     assert [path.name for path in (run_dir / "checkpoints").glob("global_step_*")] == ["global_step_1"]
 
     reward.write_text(BROKEN_REWARD.replace("> 64", "< 0"))
@@ -157,7 +157,7 @@ def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended_until_told_to_e
     assert sorted(Replay(run_dir).metrics())[:2] == [1, 2]
 
 
-# -- damaged checkpoints -------------------------------------------------------------------------------------------
+# -- corrupt checkpoints ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def tracker_says(text: str) -> Callable[[Path], None]:
     return lambda checkpoint: (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text(text) and None
 
 
-DAMAGED = [
+SPOILT = [
     ("a critic missing", lambda c: shutil.rmtree(c / "critic/critic_1"), [], ["critic", "missing ['critic_1']"]),
     ("all critics missing", lambda c: shutil.rmtree(c / "critic"), [], ["critic", "missing ['critic_0', 'critic_1']"]),
     (
@@ -211,8 +211,8 @@ DAMAGED = [
     ("one critic wanted", lambda c: None, ["+asyppo.num_critics=1"], ["num_critics=1", "unexpected ['critic_1']"]),
     ("the actor missing", lambda c: shutil.rmtree(c / "actor"), [], ["/actor", "nothing of the kind"]),
     ("an optimizer missing", lambda c: (c / OPTIM).unlink(), [], ["critic_1", "optim_world_size_1_rank_0.pt"]),
-    ("an optimizer cut off", lambda c: cut(c / OPTIM), [], [OPTIM, "its end is missing"]),
-    ("a model of no size", lambda c: (c / MODEL).write_bytes(b""), [], [MODEL, "its end is missing"]),
+    ("an optimizer cut off", lambda c: cut(c / OPTIM), [], [OPTIM, "its end is not there"]),
+    ("a model of no size", lambda c: (c / MODEL).write_bytes(b""), [], [MODEL, "its end is not there"]),
     ("the actor cut off", lambda c: cut(c / "actor/model_world_size_1_rank_0.pt"), [], ["/actor/model", "its end"]),
     (
         "a schedule missing",
@@ -227,9 +227,14 @@ DAMAGED = [
         [],
         ["critic_0", "config.json", "cannot be read"],
     ),
-    ("two ranks", lambda c: None, ["trainer.n_gpus_per_node=2"], ["saved by 1 ranks", "now has 2"]),
+    (
+        "two ranks",
+        lambda c: None,
+        ["trainer.n_gpus_per_node=2"],
+        ["has no model_world_size_2_rank_0.pt", "model_world_size_1"],
+    ),
     ("the data position missing", lambda c: (c / "data.pt").unlink(), [], ["data.pt", "position in the training data"]),
-    ("the data position cut off", lambda c: cut(c / "data.pt"), [], ["data.pt", "damaged"]),
+    ("the data position cut off", lambda c: cut(c / "data.pt"), [], ["data.pt", "corrupt"]),
     ("an empty tracker", tracker_says(""), [], ["latest_checkpointed_iteration.txt names step ''", f"[{STEPS}]"]),
     ("a tracker of words", tracker_says("last"), [], ["names step 'last'", "write the step"]),
     ("a tracker of no checkpoint", tracker_says("7"), [], ["names step '7'", f"of the steps [{STEPS}]"]),
@@ -240,13 +245,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_checkpoint_that_is_damaged_below_is_accepted(resumable):
+def test_the_checkpoint_that_is_spoilt_below_is_accepted(resumable):
     driver(resumable())
 
 
-@pytest.mark.parametrize(("damage", "overrides", "fragments"), [d[1:] for d in DAMAGED], ids=[d[0] for d in DAMAGED])
-def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(resumable, tmp_path, damage, overrides, fragments):
-    damage(tmp_path / "checkpoints" / f"global_step_{STEPS}")
+@pytest.mark.parametrize(("spoil", "overrides", "fragments"), [d[1:] for d in SPOILT], ids=[d[0] for d in SPOILT])
+def test_a_corrupt_or_foreign_checkpoint_is_refused_and_left_alone(resumable, tmp_path, spoil, overrides, fragments):
+    spoil(tmp_path / "checkpoints" / f"global_step_{STEPS}")
     before = content(tmp_path / "checkpoints")
     with pytest.raises(ValueError) as caught:
         driver(resumable(*overrides))
@@ -256,9 +261,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(resumable, tm
     assert content(tmp_path / "checkpoints") == before
 
 
-def test_an_earlier_checkpoint_or_none_is_the_cure(resumable, tmp_path):
+def test_an_earlier_checkpoint_or_none_is_the_fix(resumable, tmp_path):
     checkpoint = tmp_path / "checkpoints" / f"global_step_{STEPS}"
-    whole = shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name)
+    complete = shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name)
     cut(checkpoint / OPTIM)
-    driver(resumable("trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}"))
+    driver(resumable("trainer.resume_mode=resume_path", f"trainer.resume_from_path={complete}"))
     driver(resumable("trainer.resume_mode=disable"))

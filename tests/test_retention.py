@@ -1,16 +1,19 @@
 """Which checkpoint a run goes on from while another is written: on folders as verl leaves them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from asyppo_verl.retention import TRACKER, latest_step, older_ones_last
+from asyppo_verl.checkpoint import TRACKER, latest_step
+from asyppo_verl.retention import older_ones_last
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """Make whole checkpoints of some steps, the tracker naming the last."""
+    """Make complete checkpoints of some steps, the tracker naming the last."""
 
     def save(*steps: int) -> Path:
         for step in steps:
@@ -31,7 +34,7 @@ def parts(root: Path) -> set[str]:
     return {f"{path.parent.name.removeprefix('global_step_')}/{path.name}" for path in root.glob("global_step_*/*")}
 
 
-def test_older_checkpoints_go_when_the_new_one_is_whole(saved):
+def test_older_checkpoints_go_when_the_new_one_is_complete(saved):
     root = saved(1, 2)
     run = config(root, keep=1)
     with older_ones_last(run, 3):
@@ -49,7 +52,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_older_one(saved):
     assert len(parts(root)) == 4 and latest_step(root) == 2
 
 
-def test_no_checkpoint_counts_as_whole_while_it_is_written_over(saved):
+def test_no_checkpoint_counts_as_complete_while_it_is_written_over(saved):
     """A run that resumed from step 5 of ten comes to step 10 again; killed there, it must go on from its own step 9."""
     root = saved(5, 10)
     saved(6, 9)
@@ -82,3 +85,57 @@ def test_checkpoints_that_verl_writes_in_the_background_are_left_to_it(saved):
     with older_ones_last(run, 2):
         assert run.trainer.max_actor_ckpt_to_keep == 1 and latest_step(root) == 2
     assert len(parts(root)) == 4
+
+
+def test_the_older_setting_keeps_one(saved):
+    """verl's ``remove_previous_ckpt_in_save`` would remove the last checkpoint before the next one is complete."""
+    root = saved(1, 2)
+    run = config(root)
+    run.trainer.remove_previous_ckpt_in_save = True
+    with older_ones_last(run, 3):
+        assert not run.trainer.remove_previous_ckpt_in_save
+        saved(3)
+        assert len(parts(root)) == 6
+    assert parts(root) == {"3/actor", "3/critic"} and run.trainer.remove_previous_ckpt_in_save is True
+
+
+@pytest.mark.parametrize("keep", [0, -1, None])
+def test_what_is_no_number_to_keep_keeps_all_as_in_verl(saved, keep):
+    root = saved(1, 2)
+    with older_ones_last(config(root, keep), 3):
+        saved(3)
+    assert len(parts(root)) == 6
+
+
+NODES = """
+import sys
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from asyppo_verl import retention
+
+root = Path(sys.argv[1])
+
+def note(root, step, keep):
+    node = ray.get_runtime_context().get_node_id()
+    (root / node).write_text(f"{step} {keep}")
+
+cluster = Cluster()
+for _ in range(3):
+    cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address)
+retention.remove_old = note
+retention.remove_old_elsewhere(root, 7, {"actor": 1})
+here = ray.get_runtime_context().get_node_id()
+asked = {path.name: path.read_text() for path in root.iterdir()}
+assert asked == {node["NodeID"]: "7 {'actor': 1}" for node in ray.nodes() if node["NodeID"] != here}, asked
+assert len(asked) == 2
+print("asked")
+"""
+
+
+@pytest.mark.ray
+def test_every_other_node_is_asked_once(tmp_path):
+    """Disks may be a node's own, so the trainer's removal alone would leave all others full."""
+    run = subprocess.run([sys.executable, "-c", NODES, tmp_path], capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0 and run.stdout.endswith("asked\n"), run.stderr[-3000:]

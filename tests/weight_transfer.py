@@ -56,6 +56,6 @@ def transfer(toy: Path, value: float) -> dict:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=folder)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         print(json.dumps(transfer(Path(sys.argv[1]), float(sys.argv[2]))))
         ray.shutdown()

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from asyppo_verl.retention import latest_step
+from asyppo_verl.checkpoint import latest_step
 
 PROGRESS = re.compile(r"Training Progress:.*")
 REWARD = "critic/score/mean"
@@ -172,9 +172,10 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
     return code
 
 
-def summary(run_dir: Path) -> str:
-    """Reward at the start and the end, seconds per step, and where the files are."""
-    steps = [line["data"] for line in read_metrics(run_dir / "metrics.jsonl") if REWARD in line["data"]]
+def summary(run_dir: Path, wanted: int | None = None) -> str:
+    """Reward at the start and the end, seconds per step, where the files are, and that fewer steps than ``wanted`` were made."""
+    found = [line for line in read_metrics(run_dir / "metrics.jsonl") if REWARD in line["data"]]
+    steps = [line["data"] for line in found]
     lines = [f"\nrun folder   {run_dir} (metrics.jsonl, checkpoints/, log)"]
     if steps:
         window = min(5, max(1, len(steps) // 4))
@@ -184,6 +185,10 @@ def summary(run_dir: Path) -> str:
             f"reward       {start:.3f} -> {end:.3f} (mean of the first and the last {window} of {len(steps)} steps)",
             f"step time    {seconds:.2f} s (median)",
         ]
+    if found and wanted is not None and found[-1]["step"] < wanted:
+        lines.append(
+            f"ended early  after step {found[-1]['step']} of {wanted}: the data lasted for trainer.total_epochs only"
+        )
     return "\n".join(lines)
 
 
@@ -204,7 +209,7 @@ def main() -> None:
     finally:
         merge_history(arguments.run_dir)
     if code == 0:
-        print(summary(arguments.run_dir))
+        print(summary(arguments.run_dir, last_step(command)))
     sys.exit(code)
 
 

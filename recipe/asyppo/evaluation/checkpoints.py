@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyppo_verl.checkpoint import check_model
-from asyppo_verl.retention import latest_step
-from asyppo_verl.weights import check_weights
+from asyppo_verl.checkpoint import check_shards, check_weights, latest_step
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -79,7 +77,7 @@ def _checkpoint(actor: Path) -> Source:
     if any(path for pattern in WEIGHTS for path in huggingface.glob(pattern)):
         check_weights("model", huggingface)
         return Source(str(huggingface), checkpoint=actor.parent)
-    check_model(actor)
+    check_shards(actor)
     return Source(str(actor), checkpoint=actor.parent, is_sharded=True)
 
 

@@ -1,0 +1,121 @@
+"""Checkpoints: the run can write them, go on from them, and go on from the one that it is told to."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from asyppo_verl import checkpoint
+from asyppo_verl.config import check_known
+from asyppo_verl.critic_settings import Run
+from asyppo_verl.preflight.gpus import critic_ranks
+from asyppo_verl.preflight.models import ACTOR, CRITIC, built
+
+CONTENTS = ("model", "optimizer", "extra", "hf_model")
+"""What verl's checkpoints can hold."""
+WORKERS = ("actor_rollout_ref.actor", "critic")
+SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Entries of a model's configuration that bind its weights to it."""
+RESUMED = {"model": "weights", "optimizer": "optimizer", "extra": "learning rate schedule and random numbers"}
+"""What a run goes on with that resumes from them."""
+
+
+def check_contents(run: Run) -> Iterator[str]:
+    """Refuse contents of checkpoints that verl does not know and so leaves out; say what a resumed run will lack."""
+    for worker in WORKERS:
+        for key in (f"{worker}.checkpoint.save_contents", f"{worker}.checkpoint.load_contents"):
+            contents = run.get(key)
+            if not OmegaConf.is_list(contents):
+                continue  # null is all of them
+            for index, name in enumerate(contents):
+                check_known(f"{key}[{index}]", name, CONTENTS)  # verl would leave it out in silence
+            if run.config.trainer.save_freq > 0 and run.get(f"{worker}.strategy") in ("fsdp", "fsdp2"):
+                lost = [what for name, what in RESUMED.items() if name not in contents]
+                if lost:
+                    yield f"{key}={list(contents)}: a run that resumes starts its {', '.join(lost)} anew"
+
+
+def check_folder(run: Run) -> None:
+    """Refuse a folder for checkpoints that cannot be written; that of other nodes is not looked at."""
+    trainer = run.config.trainer
+    key, value = "trainer.default_local_dir", trainer.default_local_dir
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key}={value!r} must name the folder for checkpoints")
+    if trainer.nnodes > 1 or trainer.save_freq <= 0:
+        return
+    folder = Path(value).absolute()
+    present = next(path for path in (folder, *folder.parents) if path.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{key}={value}: {present} is a file or cannot be written, so no checkpoint could be; name another folder"
+        )
+
+
+def resumed_checkpoint(run: Run) -> Path | None:
+    """The ``global_step_<n>`` folder that verl will resume from, None if it starts anew."""
+    trainer = run.config.trainer
+    mode, path = trainer.resume_mode, str(trainer.resume_from_path)
+    check_known("trainer.resume_mode", mode, ("auto", "disable", "resume_path"))
+    if mode == "disable":
+        return None
+    if mode == "auto":
+        try:
+            last = checkpoint.latest_step(root := Path(trainer.default_local_dir))
+        except ValueError as error:
+            raise ValueError(f"{error}, or start anew with trainer.resume_mode=disable") from error
+        return None if last is None else root / f"global_step_{last}"
+    step = Path(path).name.removeprefix("global_step_")
+    if not step.isdecimal() or not (Path(path).is_dir() or trainer.nnodes > 1):
+        raise ValueError(
+            f"trainer.resume_from_path={path} is not the folder of a checkpoint; name one called global_step_<n>, "
+            "or resume from the last one with trainer.resume_mode=auto"
+        )
+    return Path(path)
+
+
+def check_resume(run: Run) -> Iterator[str]:
+    """Refuse to resume from a checkpoint that is incomplete, corrupt, of another run, or would be loaded without weights.
+
+    With several nodes a rank's files may be on its node only: each rank looks at its own (:mod:`asyppo_verl.critic_worker`),
+    and here only what can be seen is.
+    """
+    trainer, asyppo, folder = run.config.trainer, run.asyppo, resumed_checkpoint(run)
+    if trainer.resume_mode == "auto" and trainer.resume_from_path:
+        yield f"trainer.resume_from_path={trainer.resume_from_path} is not looked at with trainer.resume_mode=auto"
+    if folder is None:
+        return
+    is_local = trainer.nnodes == 1 and (asyppo.pool.nnodes == 1 or not asyppo.critics_are_apart)
+    if is_local:
+        checkpoint.check_critics(folder / "critic", asyppo.num_critics)
+        checkpoint.check_archive(folder / "data.pt", "the position in the training data")
+    unseen = []
+    for model in _models(run, folder):
+        if model.contents is not None and "model" not in model.contents:
+            raise ValueError(
+                f"checkpoint.load_contents={list(model.contents)} lacks 'model', so the run would go on from {model.folder} "
+                "with the weights of a new one; add it, or start anew with trainer.resume_mode=disable"
+            )
+        files = f"*_world_size_{model.ranks}_rank_"
+        seen = [rank for rank in range(model.ranks) if is_local or any(model.folder.glob(f"{files}{rank}.pt"))]
+        checkpoint.check_files(model, seen)
+        if is_local or (model.folder / "huggingface" / "config.json").exists():
+            checkpoint.check_sizes(model)
+        if len(seen) < model.ranks:
+            unseen.append(f"{len(seen)} of {model.ranks} ranks of {model.folder}")
+    if unseen:
+        yield f"of the checkpoint only this can be seen here: {'; '.join(unseen)}; each rank will look at its own files"
+
+
+def _models(run: Run, folder: Path) -> Iterator[checkpoint.Model]:
+    """What this run loads from a checkpoint; only FSDP's files are known here."""
+    trainer, names = run.config.trainer, checkpoint.critic_folders(run.asyppo.num_critics)
+    parts = [("critic", f"critic/{names[index]}", critic_ranks(run)) for index in run.critics]
+    if not run.own:
+        parts.append((WORKERS[0], "actor", trainer.nnodes * trainer.n_gpus_per_node))
+    for node, name, ranks in parts:
+        if run.get(f"{node}.strategy") in ("fsdp", "fsdp2"):
+            model = built(run, CRITIC).model if node == "critic" else built(run, ACTOR)
+            config = model.hf_config.get_text_config()
+            sizes = {key: getattr(config, key) for key in SIZES if hasattr(config, key)}
+            yield checkpoint.Model(folder / name, ranks, run.get(f"{node}.checkpoint.load_contents"), sizes)
