@@ -1,4 +1,4 @@
-"""verl's folders of checkpoints and models: find the last, say whether it is complete and whether it fits the run.
+"""verl's folders of checkpoints: find the last, say whether it is complete and whether it fits the run.
 
 A run writes ``<root>/global_step_<n>/{actor,critic,data.pt}``, with one file of each kind for every FSDP rank, and then,
 when all is there, n into a tracker file. Mini-critics have folders of their own, ``critic/critic_<m>``.
@@ -7,9 +7,8 @@ when all is there, n into a tracker file. Mini-critics have folders of their own
 import dataclasses
 import json
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILES = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
@@ -18,8 +17,6 @@ OTHERWISE = (
     "resume from another one (trainer.resume_mode=resume_path trainer.resume_from_path=...), or start anew with "
     "trainer.resume_mode=disable"
 )
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Weights of a Hugging Face folder, in the order in which transformers looks for them."""
 
 
 def saved_steps(root: Path) -> list[int]:
@@ -102,8 +99,6 @@ class Model:
     """Workers that saved a file each, and load it."""
     contents: Sequence[str] | None
     """What is loaded, in verl's words; None for everything."""
-    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What the saved model's configuration must say."""
 
 
 def check_files(model: Model, ranks: Iterable[int]) -> None:
@@ -130,26 +125,6 @@ def check_archive(file: Path, name: str) -> None:
     """Refuse a file of ``torch.save`` without its table of contents, which is written last."""
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{name} {file} is missing or corrupt, its end is not there; {OTHERWISE}")
-
-
-def check_sizes(model: Model) -> None:
-    """Refuse a folder whose model has another architecture than the configured one.
-
-    Raises:
-        ValueError: naming folder, size and fix.
-    """
-    file = model.folder / "huggingface" / "config.json"
-    try:
-        saved = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} of the checkpoint cannot be read ({error}); {OTHERWISE}") from error
-    saved = saved.get("text_config", saved)
-    for key, wanted in model.sizes.items():
-        if saved.get(key, wanted) != wanted:
-            raise ValueError(
-                f"the checkpoint {model.folder} is of another model: {key}={saved[key]}, while the configured model has "
-                f"{wanted}; configure the model that it was trained from, {OTHERWISE}"
-            )
 
 
 # -- weights to be used elsewhere ----------------------------------------------------------------------------------
@@ -200,36 +175,3 @@ def check_shards(folder: Path) -> None:
             f"{folder} is incomplete: {', '.join(missing)} missing; wait until it is written, bring the files of all {count} "
             "ranks together, and save 'model' (checkpoint.save_contents)"
         )
-
-
-def check_weights(key: str, folder: Path) -> None:
-    """Refuse a Hugging Face folder whose weights are missing, incomplete or cut off; only headers are read.
-
-    Args:
-        key: the setting that names the folder.
-        folder: what transformers will be given.
-
-    Raises:
-        ValueError: naming key, file and fix.
-    """
-    from safetensors import SafetensorError, safe_open  # late: the recipe's console looks for checkpoints only
-
-    fix = "copy or download the model again"
-    names = {path.name for path in folder.iterdir()}
-    main = next((name for name in WEIGHTS if name in names), None)
-    if main is None:
-        if any(name.endswith((".safetensors", ".bin")) for name in names):
-            return  # under names that the model's own code may know
-        raise ValueError(f"{key}={folder} has a configuration but no weights (*.safetensors); {fix}")
-    files = {main}
-    if main.endswith(".json"):
-        files = set(json.loads((folder / main).read_text())["weight_map"].values())
-        if missing := sorted(files - names):
-            raise ValueError(f"{key}={folder} lacks {', '.join(missing)}, which {main} lists; {fix}")
-    for name in sorted(files):
-        try:
-            if name.endswith(".safetensors"):
-                with safe_open(folder / name, framework="pt"):  # the header says how long the file must be
-                    pass
-        except SafetensorError as error:
-            raise ValueError(f"{key}={folder}: {name} is corrupt ({error}); {fix}") from error

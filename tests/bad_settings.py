@@ -1,9 +1,7 @@
 """Settings that cannot work, and what their refusal must say: the overrides, then fragments of one line.
 
-TOY is the folder of the toy task, FILES that of :data:`FILES`.
+TOY is the folder of the toy task.
 """
-
-FILES = {"broken.py": "def compute_score(:"}
 
 POOL, SPLIT = "+asyppo.placement=pool", "+asyppo.placement=split"
 OWN = "+asyppo.critic_overrides.1"
@@ -148,15 +146,15 @@ SETTINGS = [
     (POOL, ["asyppo.placement=pool", "asyppo.pool.n_gpus_per_node=0", "set asyppo.pool.n_gpus_per_node=1 or more"]),
     (SPLIT, ["asyppo.placement=split", "set asyppo.pool.n_gpus_per_node=2 or a multiple"]),
     (f"{POOL} +asyppo.pool.n_gpus_per_node=2 +asyppo.pool.nnodes=0", ["asyppo.pool.nnodes=0", "asyppo.pool.nnodes=1"]),
-    (f"{SPLIT} +asyppo.pool.n_gpus_per_node=3", ["the 3 GPUs", "asyppo.num_critics=2", "2 or 4 GPUs would do"]),
-    (f"{SPLIT} +asyppo.pool.n_gpus_per_node=1", ["the 1 GPUs", "2 GPUs would do"]),
+    (f"{SPLIT} +asyppo.pool.n_gpus_per_node=3", ["the 3 GPUs", "asyppo.num_critics=2", "a multiple of 2"]),
+    (f"{SPLIT} +asyppo.pool.n_gpus_per_node=1", ["the 1 GPUs", "a multiple of 2"]),
     (
         f"{POOL} +asyppo.pool.n_gpus_per_node=6",
-        ["32 responses", "6 data-parallel ranks", "multiple of 6", "1, 2, 4 or 8 GPUs"],
+        ["32 responses", "6 data-parallel ranks", "asyppo.pool.n_gpus_per_node=6", "multiple of 6"],
     ),
     (
         f"{SPLIT} +asyppo.pool.n_gpus_per_node=6",
-        ["3 data-parallel ranks", "multiple of 3", "2, 4 or 8 GPUs", "asyppo.num_critics=2"],
+        ["3 data-parallel ranks", "multiple of 3", "asyppo.num_critics=2"],
     ),
     ("critic.fsdp.ulysses_sequence_parallel_size=2", ["ulysses_sequence_parallel_size=2", "does not divide"]),
     (
@@ -201,15 +199,6 @@ SETTINGS = [
     ("actor_rollout_ref.model.path=/nowhere/actor", ["actor_rollout_ref.model.path=/nowhere/actor"]),
     ("actor_rollout_ref.model.hf_config_path=/nowhere", ["actor_rollout_ref.model", "verl cannot use"]),
     ("+critic.typo=1", ["critic: verl cannot use these settings", "'typo'"]),
-    # files
-    (
-        "reward.custom_reward_function.path=/nowhere.py",
-        ["reward.custom_reward_function.path=/nowhere.py", "does not exist"],
-    ),
-    ("reward.custom_reward_function.path=FILES/broken.py", ["broken.py is not Python", "correct the file"]),
-    ("data.prompt_key=promt", ["data.prompt_key='promt'", "did you mean prompt?"]),
-    ("data.train_batch_size=100000", ["data.train_batch_size=100000", "rows of data.train_files"]),
-    ("data.train_max_samples=8", ["data.train_batch_size=16", "the 8 rows", "data.train_max_samples=8"]),
     # checkpoints
     ("trainer.default_local_dir=3", ["trainer.default_local_dir=3", "folder for checkpoints"]),
     ("trainer.default_local_dir=null", ["trainer.default_local_dir=None", "folder for checkpoints"]),

@@ -1,5 +1,6 @@
 """Where the weights of an evaluation come from, and which checkpoints are refused before Ray starts."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def test_a_folder_without_weights_is_refused(toy, tmp_path):
     (tmp_path / "actor/model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(ValueError, match=r"lacks model-1.safetensors, which model.safetensors.index.json lists"):
         locate(str(tmp_path / "actor"))
+
+
+def test_weights_that_are_cut_off_are_refused_and_left_over_indices_passed_over(toy, tmp_path):
+    """transformers looks for model.safetensors first, whatever the index of another format says."""
+    folder = shutil.copytree(toy / "actor", tmp_path / "actor")
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "gone-00001-of-00002.bin"}}')
+    locate(str(folder))
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size * 2 // 3)
+    with pytest.raises(ValueError, match=r"model.safetensors is corrupt"):
+        locate(str(folder))
 
 
 @pytest.mark.parametrize("target", ["/no/such/folder", "nowhere"])

@@ -185,10 +185,6 @@ OPTIM = "critic/critic_1/optim_world_size_1_rank_0.pt"
 MODEL = "critic/critic_0/model_world_size_1_rank_0.pt"
 
 
-def another_model(checkpoint: Path) -> None:
-    shutil.copy(checkpoint / "actor/huggingface/config.json", checkpoint / "critic/critic_1/huggingface/config.json")
-
-
 def tracker_says(text: str) -> Callable[[Path], None]:
     return lambda checkpoint: (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text(text) and None
 
@@ -219,13 +215,6 @@ SPOILT = [
         lambda c: (c / "critic/critic_0/extra_state_world_size_1_rank_0.pt").unlink(),
         [],
         ["critic_0", "extra_state_world_size_1_rank_0.pt"],
-    ),
-    ("a critic of another model", another_model, [], ["critic_1", "another model", "hidden_size=128", "has 64"]),
-    (
-        "a critic without configuration",
-        lambda c: (c / "critic/critic_0/huggingface/config.json").unlink(),
-        [],
-        ["critic_0", "config.json", "cannot be read"],
     ),
     (
         "two ranks",

@@ -27,16 +27,6 @@ def ranks_key(asyppo: AsyPPOConfig) -> str:
     return f"asyppo.pool.nnodes={asyppo.pool.nnodes} * asyppo.pool.n_gpus_per_node={asyppo.pool.n_gpus_per_node}{share}"
 
 
-def fitting_ranks(run: Run, micro_batch: int = 1) -> str:
-    """Numbers of GPUs on which the critics could cut their mini-batches evenly, as text for a message."""
-    asyppo = run.asyppo
-    unit = run.config.critic.fsdp.ulysses_sequence_parallel_size
-    unit *= asyppo.num_critics if asyppo.placement == "split" else 1
-    rows = run.config.critic.ppo_mini_batch_size * run.config.actor_rollout_ref.rollout.n // micro_batch
-    present = asyppo.pool.ranks if asyppo.critics_are_apart else critic_ranks(run)
-    return _listed(count * unit for count in range(1, max(1, 2 * present // unit) + 1) if rows % count == 0)
-
-
 def check_placement(run: Run) -> None:
     """Refuse a placement for which the critics' GPUs do not suffice or do not come out even."""
     asyppo, placement, pool = run.asyppo, run.asyppo.placement, run.asyppo.pool
@@ -55,7 +45,7 @@ def check_placement(run: Run) -> None:
     if placement == "split" and pool.ranks % asyppo.num_critics:
         raise ValueError(
             f"asyppo.placement=split cannot deal the {pool.ranks} GPUs of {gpus} to asyppo.num_critics={asyppo.num_critics} "
-            f"evenly; {fitting_ranks(run)} GPUs would do, or asyppo.placement=pool"
+            f"evenly; take a multiple of {asyppo.num_critics}, or asyppo.placement=pool"
         )
 
 

@@ -3,12 +3,10 @@
 import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from asyppo_verl.checkpoint import check_weights
 from asyppo_verl.critic_settings import Run
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
@@ -38,13 +36,6 @@ def built(run: Run, key: str) -> Any:
         name = f"{key}.{part}" if part else key
         path = f", {run.key(f'{name}.path')}={run.get(f'{name}.path')}" if run.get(f"{name}.path") else ""
         raise ValueError(f"{run.key(name)}{path}: verl cannot use these settings ({said}); correct them") from error
-
-
-def check_models(run: Run) -> None:
-    """Let verl make its objects of the actor's model and of the critic, as its workers will after minutes."""
-    for key, model in ((ACTOR, built(run, ACTOR)), ("critic.model", built(run, CRITIC).model)):
-        if os.path.isdir(model.local_path):
-            check_weights(f"{run.key(f'{key}.path')}", Path(model.local_path))
 
 
 def check_text_models(run: Run) -> Iterator[str]:

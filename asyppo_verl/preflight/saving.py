@@ -4,36 +4,22 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from asyppo_verl import checkpoint
 from asyppo_verl.config import check_known
 from asyppo_verl.critic_settings import Run
 from asyppo_verl.preflight.gpus import critic_ranks
-from asyppo_verl.preflight.models import ACTOR, CRITIC, built
 
 CONTENTS = ("model", "optimizer", "extra", "hf_model")
 """What verl's checkpoints can hold."""
 WORKERS = ("actor_rollout_ref.actor", "critic")
-SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""Entries of a model's configuration that bind its weights to it."""
-RESUMED = {"model": "weights", "optimizer": "optimizer", "extra": "learning rate schedule and random numbers"}
-"""What a run goes on with that resumes from them."""
 
 
-def check_contents(run: Run) -> Iterator[str]:
-    """Refuse contents of checkpoints that verl does not know and so leaves out; say what a resumed run will lack."""
+def check_contents(run: Run) -> None:
+    """Refuse contents of checkpoints that verl does not know, and would leave out in silence."""
     for worker in WORKERS:
         for key in (f"{worker}.checkpoint.save_contents", f"{worker}.checkpoint.load_contents"):
-            contents = run.get(key)
-            if not OmegaConf.is_list(contents):
-                continue  # null is all of them
-            for index, name in enumerate(contents):
-                check_known(f"{key}[{index}]", name, CONTENTS)  # verl would leave it out in silence
-            if run.config.trainer.save_freq > 0 and run.get(f"{worker}.strategy") in ("fsdp", "fsdp2"):
-                lost = [what for name, what in RESUMED.items() if name not in contents]
-                if lost:
-                    yield f"{key}={list(contents)}: a run that resumes starts its {', '.join(lost)} anew"
+            for index, name in enumerate(run.get(key) or ()):  # null is all of them
+                check_known(f"{key}[{index}]", name, CONTENTS)
 
 
 def check_folder(run: Run) -> None:
@@ -99,8 +85,6 @@ def check_resume(run: Run) -> Iterator[str]:
         files = f"*_world_size_{model.ranks}_rank_"
         seen = [rank for rank in range(model.ranks) if is_local or any(model.folder.glob(f"{files}{rank}.pt"))]
         checkpoint.check_files(model, seen)
-        if is_local or (model.folder / "huggingface" / "config.json").exists():
-            checkpoint.check_sizes(model)
         if len(seen) < model.ranks:
             unseen.append(f"{len(seen)} of {model.ranks} ranks of {model.folder}")
     if unseen:
@@ -115,7 +99,4 @@ def _models(run: Run, folder: Path) -> Iterator[checkpoint.Model]:
         parts.append((WORKERS[0], "actor", trainer.nnodes * trainer.n_gpus_per_node))
     for node, name, ranks in parts:
         if run.get(f"{node}.strategy") in ("fsdp", "fsdp2"):
-            model = built(run, CRITIC).model if node == "critic" else built(run, ACTOR)
-            config = model.hf_config.get_text_config()
-            sizes = {key: getattr(config, key) for key in SIZES if hasattr(config, key)}
-            yield checkpoint.Model(folder / name, ranks, run.get(f"{node}.checkpoint.load_contents"), sizes)
+            yield checkpoint.Model(folder / name, ranks, run.get(f"{node}.checkpoint.load_contents"))

@@ -9,7 +9,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from asyppo_verl.critic_settings import Run
-from asyppo_verl.preflight.gpus import critic_ranks, fitting_ranks, ranks_key
+from asyppo_verl.preflight.gpus import critic_ranks, ranks_key
 
 SECTIONS = ("algorithm", "actor_rollout_ref", "critic", "data", "trainer")
 """Where types are compared with verl's defaults; elsewhere values go on to libraries that may take other types."""
@@ -139,13 +139,11 @@ def check_batches(run: Run) -> None:
     responses, unit = mini_batch * n, micro_batch if run.asyppo.num_critics == 1 else 1
     data_parallel = critic_ranks(run) // critic.fsdp.ulysses_sequence_parallel_size
     if responses % (unit * data_parallel):
-        ranks = fitting_ranks(run, unit) if responses % unit == 0 else ""
         raise ValueError(
             f"critic.ppo_mini_batch_size={mini_batch} prompts x rollout.n={n} = {responses} responses cannot be cut into "
-            f"{data_parallel} data-parallel ranks"
+            f"{data_parallel} data-parallel ranks ({ranks_key(run.asyppo)})"
             + ("" if unit == 1 else f" x {run.key('critic.ppo_micro_batch_size_per_gpu')}={micro_batch}")
             + f"; make the product of the first two a multiple of {unit * data_parallel}"
-            + (f", or give the critics {ranks} GPUs ({ranks_key(run.asyppo)})" if ranks else "")
         )
     if infer is not None and (not is_count(infer) or responses % (data_parallel * infer)):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Where the weights are: a Hugging Face model, an FSDP checkpoint of verl, or the latest checkpoint of a run."""
 
+import json
 import os
 import re
 import shutil
@@ -10,9 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyppo_verl.checkpoint import check_shards, check_weights, latest_step
+from safetensors import SafetensorError, safe_open
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+from asyppo_verl.checkpoint import check_shards, latest_step
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Weights of a Hugging Face folder, in the order in which transformers looks for them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def locate(target: str) -> Source:
         raise ValueError(f"{target} does not exist; give a Hugging Face model, a checkpoint folder or a run folder")
     folder = folder.resolve()
     if (folder / "config.json").exists():
-        check_weights("model", folder)
+        check_weights(folder)
         return Source(str(folder))
     run = folder.parent if folder.name == "checkpoints" else folder
     if (run / "checkpoints").is_dir():
@@ -74,11 +78,38 @@ def _on_the_hub(name: str) -> Source:
 
 def _checkpoint(actor: Path) -> Source:
     huggingface = actor / "huggingface"
-    if any(path for pattern in WEIGHTS for path in huggingface.glob(pattern)):
-        check_weights("model", huggingface)
+    if any(huggingface.glob("*.safetensors")) or any(huggingface.glob("pytorch_model*.bin")):
+        check_weights(huggingface)
         return Source(str(huggingface), checkpoint=actor.parent)
     check_shards(actor)
     return Source(str(actor), checkpoint=actor.parent, is_sharded=True)
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a Hugging Face folder whose weights are missing, incomplete or cut off; only headers are read.
+
+    Raises:
+        ValueError: naming folder, file and fix.
+    """
+    fix = "copy or download the model again"
+    names = {path.name for path in folder.iterdir()}
+    main = next((name for name in WEIGHTS if name in names), None)
+    if main is None:
+        if any(name.endswith((".safetensors", ".bin")) for name in names):
+            return  # under names that the model's own code may know
+        raise ValueError(f"{folder} has a configuration but no weights (*.safetensors); {fix}")
+    files = {main}
+    if main.endswith(".json"):
+        files = set(json.loads((folder / main).read_text())["weight_map"].values())
+        if missing := sorted(files - names):
+            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {main} lists; {fix}")
+    for name in sorted(files):
+        try:
+            if name.endswith(".safetensors"):
+                with safe_open(folder / name, framework="pt"):  # the header says how long the file must be
+                    pass
+        except SafetensorError as error:
+            raise ValueError(f"{folder}: {name} is corrupt ({error}); {fix}") from error
 
 
 @contextmanager
