@@ -200,10 +200,10 @@ def test_critics_that_would_begin_equal_are_pointed_out(said, toy, tmp_path):
 
 
 def test_data_that_end_before_the_run_are_pointed_out(said):
-    """The toy task has 1,024 rows: 64 batches of 16."""
-    message = said("trainer.total_epochs=2", "trainer.total_training_steps=129")
-    assert "the data last for 128 steps at most" in message and "set trainer.total_epochs=3" in message
-    assert "the data last" not in said("trainer.total_epochs=2", "trainer.total_training_steps=128")
+    """The toy task has 6,000 rows: 375 batches of 16."""
+    message = said("trainer.total_epochs=2", "trainer.total_training_steps=751")
+    assert "the data last for 750 steps at most" in message and "set trainer.total_epochs=3" in message
+    assert "the data last" not in said("trainer.total_epochs=2", "trainer.total_training_steps=750")
     assert "the data last" not in said("trainer.total_epochs=1")
 
 
@@ -235,9 +235,7 @@ def test_settings_that_nothing_reads_are_pointed_out(said):
 def test_a_megatron_actor_is_pointed_out(said):
     """AsyPPO needs nothing of the actor's engine beyond verl's loss function, but nobody has run it."""
     engine = ["actor@actor_rollout_ref.actor=megatron_actor", "ref@actor_rollout_ref.ref=megatron_ref"]
-    message = said(
-        *engine, "actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.actor.use_dynamic_bsz=True"
-    )
+    message = said(*engine, "actor_rollout_ref.actor.strategy=megatron", "actor_rollout_ref.actor.use_dynamic_bsz=True")
     assert "actor_rollout_ref.actor.strategy=megatron: AsyPPO has been tested with actors on fsdp" in message
 
 

@@ -73,11 +73,10 @@ def validated(overrides: list[str], yaml: Path | None = None):
         if yaml
         else initialize_config_module("verl.trainer.config", version_base=None)
     )
+    # Logical: a configuration for eight GPUs is looked at here on a machine without any.
+    overrides = [*(line for line in overrides if not line.startswith("hydra.")), "ray_kwargs.ray_init.num_cpus=999"]
     with place:
-        config = compose(
-            yaml.stem if yaml else "ppo_trainer",
-            overrides=[line for line in overrides if not line.startswith("hydra.")],
-        )
+        config = compose(yaml.stem if yaml else "ppo_trainer", overrides=overrides)
     if is_asyppo(config):
         prepare(config)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))

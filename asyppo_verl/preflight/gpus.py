@@ -128,12 +128,13 @@ def needed_cpus(config: DictConfig) -> dict[str, int]:
 def check_cpus(run: Run) -> None:
     """Refuse a cluster of the run's own with so few logical CPUs that verl would wait for more for ever.
 
-    A cluster that exists already is not looked at: it knows its CPUs, and can grow.
+    A cluster that exists already, as one of several nodes does, is not looked at: it knows its CPUs, and can grow.
     """
     settings = run.get("ray_kwargs.ray_init") or {}
     address = settings.get("address") or os.environ.get("RAY_ADDRESS")
     running = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # what Ray joins unless told
-    if address not in (None, "local") or (address is None and running.exists()):
+    is_own = address == "local" or (address is None and run.config.trainer.nnodes == 1 and not running.exists())
+    if not is_own:
         return
     needed, given = needed_cpus(run.config), settings.get("num_cpus")
     total, present = sum(needed.values()), get_num_cpus(True) if given is None else given
