@@ -20,4 +20,4 @@ RUN python3 -m pip install --no-cache-dir --no-deps --editable .
 
 # Stops the build if the plugin does not load with this image's verl, or a package that the recipe needs is missing.
 RUN python3 -c "import math_verify, transfer_queue, recipe.asyppo.data.prepare_data, \
-    asyppo_verl.plugin, asyppo_verl.preflight as p; p.check_verl_version()"
+    asyppo_verl.plugin, asyppo_verl.config as c; assert c.is_supported_verl(), c.verl_version()"

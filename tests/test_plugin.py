@@ -138,7 +138,9 @@ def test_the_doctor_finds_the_plugin_here_and_in_a_ray_worker():
 
 
 def test_the_doctor_counts_logical_cpus():
-    run = python(["-m", "asyppo_verl.doctor", "trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_cpus=12"])
+    # Of its own, whatever cluster this machine has.
+    own = ["ray_kwargs.ray_init.num_cpus=12", "+ray_kwargs.ray_init.address=local"]
+    run = python(["-m", "asyppo_verl.doctor", "trainer.n_gpus_per_node=2", *own])
     assert run.returncode == 1 and "num_cpus=12 is below the 15 logical CPUs" in run.stdout, run.stdout + run.stderr
 
 
