@@ -346,7 +346,8 @@ def test_in_verls_reward_workers(compose, toy):
     before = set(graders())
     ray.init(num_cpus=2, runtime_env={"env_vars": {"VERL_PLATFORM": "cpu"}})
     try:
-        scored = RewardLoopManager(config).compute_rm_score(batch)
+        manager = RewardLoopManager(config)  # its workers end with it
+        scored = manager.compute_rm_score(batch)
         started = set(graders()) - before
     finally:
         ray.shutdown()
