@@ -27,7 +27,6 @@ RIGHT = r"""
 1\frac{4}{5}    | \dfrac{9}{5} | 1 4/5 | 1.8
 62.5%           | \frac{5}{8} | 62.5\% | 62.5 \text{ percent} | 62.5
 0.1\overline{6} | \frac{1}{6}
-20.39           | 20.3901
 90^\circ        | 90 | 90 \text{ degrees} | 90^{\circ}
 \cos 36^\circ   | \frac{1+\sqrt5}{4} | \cos\frac{\pi}{5}
 3\sqrt{13}      | \sqrt{117} | 3√13 | 3*sqrt(13)
@@ -138,7 +137,7 @@ def test_right_and_wrong_answers_from_many_threads():
     with ThreadPoolExecutor(16) as executor:
         results = list(executor.map(lambda job: score(job[0], boxed(job[1]), seconds=60.0), jobs))
     assert [job for job, result in zip(jobs, results, strict=True) if result["score"] != job[2]] == []
-    assert all(result["acc"] == result["score"] and not result["gave_up"] for result in results)
+    assert not any(result["gave_up"] for result in results)
 
 
 @settings(max_examples=60, deadline=None)
@@ -189,15 +188,8 @@ def test_numbers_are_read_exactly():
 @pytest.mark.parametrize("answer", RUN_AWAY)
 def test_run_away_expressions_are_given_up_in_time_and_the_next_answer_is_right(answer):
     limits = {"processes": 1, "seconds": 1.0, "megabytes": 512}
-    assert score(r"\sqrt{x}", f"\\boxed{{{answer}}}", **limits)["score"] == 0
+    assert score(r"\sqrt{2}", f"\\boxed{{{answer}}}", **limits)["score"] == 0
     assert score(r"\sqrt{8}", r"\boxed{2\sqrt{2}}", **limits)["score"] == 1
-
-
-def test_memory_is_bounded():
-    before, graders = set(psutil.Process().children()), Graders(1, 5.0, 700)
-    assert graders.equal("x", "y") is False
-    (grader,) = set(psutil.Process().children()) - before
-    assert grader.rlimit(psutil.RLIMIT_AS) == (700 << 20, 700 << 20)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +225,11 @@ def test_equal_answers_share_one_vote():
     assert plain("x^2") == plain("x^{2}") != plain("x^3")
 
 
-def test_a_process_that_is_killed_from_outside_is_replaced():
-    before, pool = set(psutil.Process().children()), Graders(1, 5.0, 1024)
+def test_memory_is_bounded_and_a_process_that_is_killed_from_outside_is_replaced():
+    before, pool = set(psutil.Process().children()), Graders(1, 5.0, 700)
     assert pool.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
     (grader,) = set(psutil.Process().children()) - before
+    assert grader.rlimit(psutil.RLIMIT_AS) == (700 << 20, 700 << 20)
     grader.kill()
     assert pool.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
     assert pool.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
@@ -249,7 +242,7 @@ def test_no_process_outlives_a_killed_reward_worker():
         "from recipe.asyppo.reward.math_reward import compute_score\n"
         "limits = dict(processes=2, seconds=2.0)\n"
         "compute_score('', r'\\boxed{y}', 'x', **limits)\n"
-        "threading.Thread(target=compute_score, args=('', r'\\boxed{1000000000!}', r'\\sqrt{x}'), kwargs=limits).start()\n"
+        "threading.Thread(target=compute_score, args=('', r'\\boxed{1000000000!}', r'\\sqrt{2}'), kwargs=limits).start()\n"
         "time.sleep(1.5)\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
@@ -313,14 +306,9 @@ def test_verl_loads_it_with_its_limits(root, path):
         "reward_kwargs": {"seconds": 1.0, "processes": 1},
     }
     reward = get_custom_reward_fn(OmegaConf.create({"reward": {"custom_reward_function": function}}))
-    assert (
-        reward(data_source="s", solution_str=r"\boxed{\sqrt{8}}", ground_truth=r"2\sqrt{2}", extra_info={})["score"]
-        == 1
-    )
-    assert (
-        reward(data_source="s", solution_str=r"\boxed{1000000000!}", ground_truth=r"\sqrt{x}", extra_info={})["gave_up"]
-        == 1
-    )
+    right = reward(data_source="s", solution_str=r"\boxed{\sqrt{8}}", ground_truth=r"2\sqrt{2}", extra_info={})
+    endless = reward(data_source="s", solution_str=r"\boxed{1000000000!}", ground_truth=r"\sqrt{2}", extra_info={})
+    assert right["score"] == 1 and endless["gave_up"] == 1
 
 
 def graders() -> list[psutil.Process]:
@@ -342,7 +330,7 @@ def test_in_verls_reward_workers(compose, toy):
     limits = f"+{function}.reward_kwargs={{seconds: 1.0, processes: 1}}"
     config = compose(f"{function}.path=pkg://recipe.asyppo.reward.math_reward", limits, "reward.num_workers=2")
     tokenizer = AutoTokenizer.from_pretrained(toy / "actor")
-    pairs = [(r"\sqrt{8}", r"2\sqrt{2}"), ("5", "6"), ("5", "x=5"), (r"\sqrt{y}", r"1000000000!")]
+    pairs = [(r"\sqrt{8}", r"2\sqrt{2}"), ("5", "6"), ("5", "x=5"), (r"\sqrt{2}", r"1000000000!")]
     ids = [tokenizer(f"\\boxed{{{answer}}}").input_ids for _, answer in pairs]
     width = max(map(len, ids))
     responses = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])
@@ -358,7 +346,8 @@ def test_in_verls_reward_workers(compose, toy):
     before = set(graders())
     ray.init(num_cpus=2, runtime_env={"env_vars": {"VERL_PLATFORM": "cpu"}})
     try:
-        scored = RewardLoopManager(config).compute_rm_score(batch)
+        manager = RewardLoopManager(config)  # its workers end with it
+        scored = manager.compute_rm_score(batch)
         started = set(graders()) - before
     finally:
         ray.shutdown()

@@ -1,8 +1,8 @@
 r"""Rule-based reward for mathematics, in the form of verl's ``reward.custom_reward_function``.
 
-A response scores 1 if the content of its last ``\boxed{...}`` equals the ground truth, else 0: no partial credit, no
-fall-back. verl calls from many threads, where math-verify's time-outs cannot work (they need signals in the main thread), so
-math-verify runs in processes (:mod:`recipe.asyppo.reward.grader`) with bounded time and memory, which end with this one.
+A response scores 1 if the content of its last ``\boxed{...}`` equals the ground truth, else 0: no partial credit. verl calls
+from many threads, where math-verify's time-outs cannot work (they need signals in the main thread), so math-verify runs in
+processes (:mod:`recipe.asyppo.reward.grader`) with bounded time and memory, which end with this one.
 
     reward.custom_reward_function.path=pkg://recipe.asyppo.reward.math_reward
     +reward.custom_reward_function.reward_kwargs.seconds=2      # time for one answer
@@ -10,13 +10,13 @@ math-verify runs in processes (:mod:`recipe.asyppo.reward.grader`) with bounded 
 
 import importlib.util
 import json
-import numbers
 import os
+import queue
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from numbers import Real
 from typing import Any
 
 from recipe.asyppo.reward.answer_text import last_boxed, number, plain
@@ -36,42 +36,37 @@ class Graders:
 
     def __init__(self, processes: int, seconds: float, megabytes: int) -> None:
         for name, value in {"processes": processes, "seconds": seconds, "megabytes": megabytes}.items():
-            kinds = (int, float) if name == "seconds" else (int,)
-            if type(value) not in kinds or not 0 < value < 1e9:
-                raise ValueError(
-                    f"reward_kwargs.{name}={value!r} must be a {'number' if len(kinds) > 1 else 'whole number'} above 0"
-                )
+            if type(value) not in ((int, float) if name == "seconds" else (int,)) or not 0 < value < 1e9:
+                raise ValueError(f"reward_kwargs.{name}={value!r} must be above 0, and whole except for seconds")
         self._command = [sys.executable, "-P", "-m", "recipe.asyppo.reward.grader", str(seconds), str(megabytes)]
-        self._own = threading.local()
-        # A thread of its own per process: the executor's queue serves whoever has waited longest.
-        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="grading")
+        self._idle: queue.LifoQueue[Any] = queue.LifoQueue()
+        for _ in range(processes):
+            self._idle.put(None)
 
     def equal(self, truth: str, answer: str) -> bool | None:
         """Equality of two plain answers; None where the process ended: time or memory did not suffice."""
-        return self._threads.submit(self._ask, truth, answer).result()
-
-    def _start(self) -> subprocess.Popen:
-        # It finds the modules that this process finds.
-        paths = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths)
-        if process.stdout is None or process.stdout.readline() != "ready\n":
-            command = " ".join(self._command)
-            raise RuntimeError(
-                f"`{command}` ended at its start; the reason is above: pip install 'math-verify[antlr4_9_3]'?"
-            )
-        return process
-
-    def _ask(self, truth: str, answer: str) -> bool | None:
-        process: subprocess.Popen
-        self._own.process = process = getattr(self._own, "process", None) or self._start()
+        process = self._idle.get()
         try:
+            process = process or self._start()
             print(json.dumps([truth, answer]), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())  # type: ignore[union-attr]
+            return json.loads(process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             process.kill()
             process.communicate()
-            self._own.process = None
+            process = None
             return None
+        finally:
+            self._idle.put(process)
+
+    def _start(self) -> Any:
+        # It finds the modules that this process finds.
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        process: Any = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths
+        )
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"{self._command} ended at its start, see above: pip install 'math-verify[antlr4_9_3]'?")
+        return process
 
 
 _graders_lock, _graders = threading.Lock(), cache(Graders)
@@ -88,40 +83,26 @@ def compute_score(
     megabytes: int = 1024,
     **others: Any,
 ) -> dict[str, float | str]:
-    """Score one response with grading processes that have ``seconds`` and ``megabytes`` for one answer.
+    """Score one response, with ``seconds`` and ``megabytes`` for each of the grading ``processes``.
 
     Returns:
         ``score`` and ``acc`` (0 or 1), ``pred`` (the answer in plain notation, empty without one, by which verl's
         validation takes its majority votes) and ``gave_up`` (1 where the limits were too tight to decide: score 0).
-
-    Raises:
-        ValueError: an option is unknown or not a number above 0, or the ground truth is neither text nor a number.
     """
     # verl adds its own two where there is a reward model.
     if unknown := sorted(set(others) - {"reward_router_address", "reward_model_tokenizer"}):
         raise ValueError(f"reward_kwargs of the reward are processes, seconds and megabytes, not {', '.join(unknown)}")
     with _graders_lock:
         graders = _graders(processes, seconds, megabytes)
-    if (
-        not isinstance(ground_truth, str | numbers.Real)
-        or ground_truth != ground_truth
-        or not str(ground_truth).strip()
-    ):
+    if not isinstance(ground_truth, str | Real) or str(ground_truth).strip() in ("", "nan"):
         row = f"row {(extra_info or {}).get('index', '(no index)')} of {data_source}"
-        raise ValueError(
-            f"reward_model.ground_truth={ground_truth!r} in {row} must be text or a number; mend or drop the row"
-        )
-    boxed = last_boxed(solution_str)
-    if boxed is None or len(boxed) > LONGEST_ANSWER:
-        return {"score": 0.0, "acc": 0.0, "pred": "", "gave_up": 0.0}
-    truth, answer = plain(str(ground_truth)), plain(boxed)
-    exact, value = number(truth), number(answer)
-    same = truth == answer or (exact is not None and exact == value)
-    verdict = same or graders.equal(truth, answer)
+        raise ValueError(f"reward_model.ground_truth={ground_truth!r} in {row} must be text or a number; mend it")
+    verdict: bool | None = False
+    boxed, pred = last_boxed(solution_str), ""
+    if boxed is not None and len(boxed) <= LONGEST_ANSWER:
+        truth, answer = plain(str(ground_truth)), plain(boxed)
+        exact, value = number(truth), number(answer)
+        pred = answer if value is None else str(value)
+        verdict = truth == answer or (exact is not None and exact == value) or graders.equal(truth, answer)
     score = float(bool(verdict))
-    return {
-        "score": score,
-        "acc": score,
-        "pred": answer if value is None else str(value),
-        "gave_up": float(verdict is None),
-    }
+    return {"score": score, "acc": score, "pred": pred, "gave_up": float(verdict is None)}
