@@ -185,6 +185,6 @@ def test_hydra_answers_on_the_terminal(root, toy, tmp_path, script, flags):
     assert "starting Ray" not in answer.stdout and not list(tmp_path.iterdir())
     if "algorithm" in flags:
         shown = yaml.safe_load(answer.stdout)
-        assert shown["algorithm"]["adv_estimator"] == ("grpo" if target else "asyppo")
+        assert shown["adv_estimator"] == ("grpo" if target else "asyppo")
     else:
         assert "powered by hydra" in answer.stdout.lower()

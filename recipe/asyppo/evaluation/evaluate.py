@@ -115,9 +115,10 @@ def main() -> None:
         "overrides", nargs=argparse.REMAINDER, help="verl overrides, which decide on data, sampling and hardware"
     )
     arguments = parser.parse_args()
-    if is_question(arguments.overrides):
-        model = f"actor_rollout_ref.model.path={arguments.target}"
-        ask([sys.executable, "-m", "verl.trainer.main_ppo", model, *arguments.overrides])
+    model = f"actor_rollout_ref.model.path={arguments.target}"
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", model, *arguments.overrides]
+    if is_question(command):
+        ask(command)
     try:
         out = evaluate(arguments.target, arguments.out, arguments.overrides, verbose=arguments.verbose)
     except ValueError as error:
