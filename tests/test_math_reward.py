@@ -344,7 +344,7 @@ def test_in_verls_reward_workers(compose, toy):
         },
     )
     before = set(graders())
-    ray.init(num_cpus=2, runtime_env={"env_vars": {"VERL_PLATFORM": "cpu"}})
+    ray.init(address="local", num_cpus=2, runtime_env={"env_vars": {"VERL_PLATFORM": "cpu"}})
     try:
         manager = RewardLoopManager(config)  # its workers end with it
         scored = manager.compute_rm_score(batch)
