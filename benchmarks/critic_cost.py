@@ -101,13 +101,19 @@ def start(case: Case) -> subprocess.Popen:
     return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
 
 
+def kill(process: subprocess.Popen | None) -> None:
+    """End a case's process and those that compile for it."""
+    if process and process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def finish(process: subprocess.Popen, limit: float) -> list[dict]:
     """:func:`measure` in ``process``; a failure of it is a result, not the end."""
     try:
         output, errors = process.communicate("go\n", timeout=limit)
         failure = f"exit code {process.returncode}, {errors.splitlines()[-1:]}" if process.returncode else ""
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         output, errors = process.communicate()
         failure = f"stopped after {limit:g} s"
     results = [json.loads(line) for line in output.splitlines() if line.startswith('{"phase"')]
@@ -172,25 +178,32 @@ def read_arguments() -> tuple[argparse.Namespace, list[Case]]:
     return arguments, cases
 
 
-def table(arguments: argparse.Namespace, cases: Sequence[Case]) -> tuple[dict, list[dict]]:
-    """Measure the cases one after the other, each printed as it ends; returns the card and the rows."""
-    peak, rows = card(arguments.device), []
-    print(f"{peak['name']}: {peak['flops'] / 1e12:.2f} TFLOP/s, {peak['bandwidth'] / 1e12:.2f} TB/s ({peak['peaks']})")
-    width = max(len(case.name) for case in cases)
+def print_row(row: dict, width: int) -> None:
+    figures = [f"{row[name]:>9,.4g}" for name in COLUMNS if row.get(name) is not None]
+    print(f"{row['case']:<{width}} {row['length']:>6} {row['phase']:<10}", *figures, row.get("error", ""), flush=True)
+    if "kernels" in row:
+        print("  ", {kind: round(seconds, 4) for kind, seconds in row["kernels"]["kinds"].items()})
+        print(*(f"    {s:.4f} s {count:>6} {name}" for s, count, name in row["kernels"]["most"]), sep="\n", flush=True)
+
+
+def table(cases: Sequence[Case], peak: dict, limit: float) -> list[dict]:
+    """Measure the cases one after the other, each printed as it ends; told to stop, return what there is."""
+    width, rows = max(len(case.name) for case in cases), []
     print(f"{'case':<{width}} {'length':>6} {'phase':<10}", *(f"{column:>9}" for column in COLUMNS))
-    following = start(cases[0])
-    for number, case in enumerate(cases):
-        # While a case is measured, the next one imports its packages.
-        process, following = following, start(cases[number + 1]) if number + 1 < len(cases) else None
-        for result in finish(process, arguments.limit):
-            rows.append(row := with_rates(case, result, peak))
-            figures = [f"{row[name]:>9,.4g}" for name in COLUMNS if row.get(name) is not None]
-            line = f"{case.name:<{width}} {case.length:>6} {row['phase']:<10}"
-            print(line, *figures, row.get("error", ""), flush=True)
-            if "kernels" in row:
-                print("  ", {kind: round(seconds, 4) for kind, seconds in row["kernels"]["kinds"].items()})
-                print(*(f"    {s:.4f} s {count:>6} {name}" for s, count, name in row["kernels"]["most"]), sep="\n")
-    return peak, rows
+    process, following = None, start(cases[0])
+    try:
+        for number, case in enumerate(cases):
+            # While a case is measured, the next one imports its packages.
+            process, following = following, start(cases[number + 1]) if number + 1 < len(cases) else None
+            for result in finish(process, limit):
+                rows.append(with_rates(case, result, peak))
+                print_row(rows[-1], width)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+    finally:
+        kill(process)
+        kill(following)
+    return rows
 
 
 def shares(rows: Sequence[dict]) -> list[dict]:
@@ -212,8 +225,13 @@ def shares(rows: Sequence[dict]) -> list[dict]:
 def main() -> None:
     arguments, cases = read_arguments()
     if not arguments.one:
-        peak, rows = table(arguments, cases)
-        print("\nboth phases, and over those of the first case")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        peak = card(arguments.device)
+        print(
+            f"{peak['name']}: {peak['flops'] / 1e12:.2f} TFLOP/s, {peak['bandwidth'] / 1e12:.2f} TB/s ({peak['peaks']})"
+        )
+        rows = table(cases, peak, arguments.limit)
+        print("\nseconds of both phases, peak GiB, and both over those of the first case")
         for share in shares(rows):
             print(*(f"{value:.3f}" if isinstance(value, float) else value for value in share.values()))
         print(json.dumps({"card": peak, "torch": torch.__version__, "rows": rows, "shares": shares(rows)}))
