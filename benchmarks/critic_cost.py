@@ -7,9 +7,9 @@ fails is reported as such, and the others go on. ``--device cpu`` runs a tiny sh
 
 As in verl: fp32 weights and gradients under FSDP2, which hands each layer to the computation in bf16, under autocast;
 gradient checkpointing; micro-batches of whole rows up to a number of tokens, packed, with positions to tell them apart;
-gradients summed over ranks after the last of them; gradient clipping; AdamW. Unlike there, all rows have the same length, all
-critics stay on the card, and AdamW is torch's fused one, which needs no memory of its own. ``/bf16`` behind a case, for models
-whose fp32 states no card holds: weights and gradients in bf16, no AdamW. Options behind a case change one thing each
+gradient clipping; AdamW. Unlike there, all rows have the same length, all critics stay on the card, and AdamW is torch's
+fused one, which needs no memory of its own. ``/bf16`` behind a case, for models whose fp32 states no card holds: weights and
+gradients in bf16, no AdamW. Options behind a case change one thing each
 (``2x0.6b+nockpt+compile``; a number and k: so many thousand tokens a micro-batch; ``--help`` lists them).
 
 The floor is what work (as ``recipe.asyppo.plan`` counts it, recomputation included) or memory traffic (without activations)

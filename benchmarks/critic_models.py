@@ -204,10 +204,8 @@ def update(models: Sequence[nn.Module], adamw: Sequence[torch.optim.AdamW], batc
         tokens = sum(returns_MBT[0].numel() for _, returns_MBT in parts)
         model.train()
         for ids_MBT, returns_MBT in parts:
-            if case.is_full:
-                is_last = returns_MBT is parts[-1][1]
-                model.set_requires_gradient_sync(is_last)
-                model.set_reshard_after_backward(is_last or "copy" not in case.options)
+            if "copy" in case.options:
+                model.set_reshard_after_backward(returns_MBT is parts[-1][1])
             squares_MBT = (values_of(model, ids_MBT) - returns_MBT).square()
             (0.5 * squares_MBT.sum() / tokens).backward()
         if case.is_full:
