@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_the_oracles_values_are_the_mean_of_many_continuations(is_checked, is_ex
 def test_the_chances_are_the_shares_of_right_answers():
     """Of 8,000 responses to one prompt, sampled by the actor; every one is told the same chances."""
     task = Task("", **TINY)
-    actor = tasks.starting_actor(task)
+    actor = tasks.starting_model(task, task.actor_size)
     prompts = task.draw_prompts(1, torch.Generator().manual_seed(1)).expand(1, 8000, -1)
     with torch.no_grad():
         tokens, _, is_response = one_page.sample(actor, prompts, task.response_length)
@@ -102,10 +103,10 @@ def test_the_grade_and_the_demonstrations_agree():
 def test_runs_with_unlike_critics_train_side_by_side():
     """Each as it does alone: GRPO's rewards do not change with what else is in the stack."""
     task = Task("", is_checked=True, **TINY)
-    start = tasks.starting_actor(task)
+    start = partial(tasks.starting_model, task)
     both = [Run(num_critics=0, actor_lr=1e-2), Run(num_critics=2, critic_size=(16, 1), critic_warmup=9, seed=1)]
     history = engine.train(task, both, start, steps=3)
-    assert "explained_var" in history[0][1] and "explained_var" not in history[0][0]
+    assert "explained_var" in history[0][1] and "explained_var" not in history[0][0] and len(history) == 3
     trainer = engine.Trainer(task, both, start)
     before = {name: weight.clone() for name, weight in trainer.actors.weights.items()}
     trainer.step()
@@ -128,6 +129,7 @@ def study(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "TASKS", tasks.TASKS)
     monkeypatch.setattr(rows, "ACTOR_LRS", (1e-3, 2e-3))
     monkeypatch.setattr(rows, "CRITIC_LRS", (1e-3,))
+    monkeypatch.setattr(rows, "WARMUPS", (0,))
     document = tmp_path / "study.md"
     document.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\nafter\n")
 
@@ -157,7 +159,7 @@ def test_rows_resume_and_report(study, capsys):
     run("report")
     text = document.read_text()
     assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text
-    assert "| asyppo | " in text and "mask alone" in text and "Not run on this task: shares" in text
+    assert "| asyppo | " in text and "mask alone" in text and "Not run on this task: shard" in text
     run("report")
     assert document.read_text() == text
     with pytest.raises(SystemExit, match="is none of"):

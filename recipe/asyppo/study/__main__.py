@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +22,12 @@ from recipe.asyppo.study import engine, report, rows, tasks
 from recipe.asyppo.study.rows import Seeds, Store
 
 
-def starting_actor(task: tasks.Task, folder: Path) -> Models:
-    """The task's start, made once and kept in the folder."""
-    path = folder / f"start_{task.name}.pt"
+def starting_model(task: tasks.Task, folder: Path, size: tuple[int, int]) -> Models:
+    """The task's language model of a size, made once and kept in the folder."""
+    path = folder / f"start_{task.name}_{size[0]}x{size[1]}.pt"
     if not path.exists():
-        actor = tasks.starting_actor(task)
-        torch.save({name: weight.detach().cpu() for name, weight in actor.weights.items()}, path)
+        model = tasks.starting_model(task, size)
+        torch.save({name: weight.detach().cpu() for name, weight in model.weights.items()}, path)
     weights = torch.load(path, weights_only=True, map_location=torch.get_default_device())
     return Models([weights], [0.0])
 
@@ -48,7 +49,7 @@ def run_row(row: str, store: Store, seeds: Seeds, *, stack: int, has_time: Calla
     name, needed = rows.runs_of(row, store, seeds)
     task = tasks.TASKS[name]
     missing = sorted((run for run in needed if store.line(name, run) is None), key=engine.kind)
-    start = starting_actor(task, store.path.parent) if missing else None
+    start = partial(starting_model, task, store.path.parent)
     for first in range(0, len(missing), stack):
         runs, began = missing[first : first + stack], time.perf_counter()
         with tqdm(total=store.steps, desc=f"{row} {first + len(runs)}/{len(missing)}", mininterval=2) as bar:
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=10, help="seeds that are reported")
     parser.add_argument("--tuning-seeds", type=int, default=4, help="other seeds that choose the learning rates")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--stack", type=int, default=256, help="runs at once")
+    parser.add_argument("--stack", type=int, default=512, help="runs at once")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))

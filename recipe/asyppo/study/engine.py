@@ -30,6 +30,7 @@ class Run(Settings):
     responses: int = 8
     mini_batches: int = 2
     epochs: int = 2
+    critic_epochs: int = 4
     entropy_coeff: float = 0.001
     critic_size: tuple[int, int] = (32, 1)
     critic_lr: float = 3e-3
@@ -127,16 +128,24 @@ def owners(runs: Sequence[Run]) -> Tensor:
     return torch.stack([share[run.shard] for run in runs], 1).flatten(0, 1)[..., None]
 
 
-class Critics:
-    """The critics of the consecutive runs that have them alike, and their share of a stack of runs."""
+Start = Callable[[tuple[int, int]], Models]  # the model of a size that imitates the demonstrations
 
-    def __init__(self, task: Task, runs: Sequence[Run], first: int) -> None:
+
+class Critics:
+    """The critics of the consecutive runs that have them alike, and their share of a stack of runs.
+
+    All start from the same small language model, each with a value head of its own.
+    """
+
+    def __init__(self, task: Task, runs: Sequence[Run], first: int, start: Start) -> None:
         self.task, self.runs, self.M = task, runs, runs[0].num_critics
         self.rows = slice(first, first + len(runs))
         self.is_oracle = runs[0].is_oracle
         if self.M:
             seeds = [1000 + 100 * run.seed + m for m in range(self.M) for run in runs]
-            weights = [task.weights(runs[0].critic_size, 1, seed) for seed in seeds]
+            body = start(runs[0].critic_size).weights
+            heads = [{"head": 0.1 * task.weights(runs[0].critic_size, 1, seed)["head"]} for seed in seeds]
+            weights = [body | head for head in heads]
             self.models = Models(weights, [run.critic_lr for _ in range(self.M) for run in runs])
             self.is_own_SB1 = owners(runs)
 
@@ -144,7 +153,7 @@ class Critics:
         """Values (M * R, B, T) of the text before each response token."""
         return self.models(tokens_RBL.repeat(self.M, 1, 1))[:, :, self.task.answers - 1 : -1, 0]
 
-    def credit(self, actors: Models, tokens, old, is_response, is_right, rewards, chance) -> tuple:
+    def credit(self, tokens, old, is_response, is_right, rewards, chance) -> tuple:
         """Old values and what :func:`credit` gives, of these runs' rows of the stack."""
         tokens, old, is_response, is_right, rewards, chance = (
             x[self.rows] for x in (tokens, old, is_response, is_right, rewards, chance)
@@ -175,14 +184,14 @@ def kind(run: Run) -> tuple:
 class Trainer:
     """R runs of one task from the same start, each on draws of its own seed; :meth:`step` is one step of all."""
 
-    def __init__(self, task: Task, runs: Sequence[Run], start: Models) -> None:
+    def __init__(self, task: Task, runs: Sequence[Run], start: Start) -> None:
         self.task, self.runs, self.first, self.steps = task, runs, runs[0], 0
-        self.actors = Models([start.weights] * len(runs), [run.actor_lr for run in runs])
+        self.actors = Models([start(task.actor_size).weights] * len(runs), [run.actor_lr for run in runs])
         self.lr_R, self.warmup_R = self.actors.lr_S, torch.tensor([run.critic_warmup for run in runs])
         self.generators = [torch.Generator("cpu").manual_seed(run.seed) for run in runs]
         groups = [list(group) for _, group in groupby(runs, kind)]
         firsts = accumulate(map(len, groups), initial=0)
-        self.critics = [Critics(task, group, first) for group, first in zip(groups, firsts, strict=False)]
+        self.critics = [Critics(task, group, first, start) for group, first in zip(groups, firsts, strict=False)]
 
     def draw(self) -> Tensor:
         """Prompts of the step (R, B, P), every one repeated for its responses."""
@@ -190,7 +199,7 @@ class Trainer:
         return torch.stack(drawn).to(self.lr_R.device).repeat_interleave(self.first.responses, 1)
 
     @torch.no_grad()
-    def rollout(self) -> tuple[tuple[Tensor, ...], list[dict[str, float]]]:
+    def rollout(self) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
         """The step's responses and what is to be learned from them, and the metrics of every run."""
         task = self.task
         tokens_RBL, old_RBT, is_response_RBT = one_page.sample(self.actors, self.draw(), task.response_length)
@@ -200,41 +209,46 @@ class Trainer:
         if any(run.is_oracle for run in self.runs):
             chance_RBN = tasks.chances(task, self.actors, tokens_RBL, self.first.responses)
         facts = (tokens_RBL, old_RBT, is_response_RBT, is_right_RBN, rewards_RBT, chance_RBN)
-        per_group = [critics.credit(self.actors, *facts) for critics in self.critics]
-        earned = map(torch.cat, zip(*(earned for earned, _ in per_group), strict=True))
+        per_group = [critics.credit(*facts) for critics in self.critics]
+        advantages, returns, keep_entropy = map(torch.cat, zip(*(earned for earned, _ in per_group), strict=True))
         metrics = [
             {"reward": reward} | {name: numbers[row] for name, numbers in group_metrics.items()}
             for (_, group_metrics), critics in zip(per_group, self.critics, strict=True)
             for row, reward in enumerate(score_RB[critics.rows].mean(1).tolist())
         ]
-        return (tokens_RBL, is_response_RBT, old_RBT, *earned), metrics
+        batch = {"tokens": tokens_RBL, "is_response": is_response_RBT, "old": old_RBT, "returns": returns}
+        return batch | {"advantages": advantages, "keep_entropy": keep_entropy}, metrics
 
     def step(self) -> list[dict[str, float]]:
         """Sample, give credit, train; returns the metrics of every run."""
         batch, metrics = self.rollout()
         self.actors.lr_S = torch.where(self.steps >= self.warmup_R, self.lr_R, 0)
+        for _ in range(self.first.critic_epochs):
+            for part in self.mini_batches():
+                for critics in self.critics:
+                    critics.update(part, *(batch[name] for name in ("tokens", "is_response", "returns")))
         for _ in range(self.first.epochs):
-            for part in torch.randperm(self.first.prompts * self.first.responses).chunk(self.first.mini_batches):
-                self.update(part, *batch)
+            for part in self.mini_batches():
+                self.update_actors({name: x[:, part] for name, x in batch.items()})
         self.steps += 1
         return metrics
 
-    def update(self, part: Tensor, tokens, is_response, old, advantages, returns, keep_ent) -> None:
-        """One optimizer step of critics and actors on the responses ``part`` of a batch."""
-        for critics in self.critics:
-            critics.update(part, tokens, is_response, returns)
-        tokens, is_response, old, advantages, keep_ent = (
-            x[:, part] for x in (tokens, is_response, old, advantages, keep_ent)
-        )
-        logs = self.actors(tokens)[:, :, self.task.answers - 1 : -1].log_softmax(-1)
-        log_prob = logs.gather(-1, tokens[..., self.task.answers :, None])[..., 0]
+    def mini_batches(self) -> tuple[Tensor, ...]:
+        """The responses of each mini-batch of one pass, in a new order."""
+        return torch.randperm(self.first.prompts * self.first.responses).chunk(self.first.mini_batches)
+
+    def update_actors(self, part: dict[str, Tensor]) -> None:
+        """One optimizer step of every actor on some of a batch's responses."""
+        start = self.task.answers
+        logs = self.actors(part["tokens"])[:, :, start - 1 : -1].log_softmax(-1)
+        log_prob = logs.gather(-1, part["tokens"][..., start:, None])[..., 0]
         entropy = -(logs.exp() * logs).sum(-1) if self.first.entropy_coeff else torch.zeros_like(log_prob)
-        bonus = self.first.entropy_coeff * asyppo.filter_entropy(entropy, keep_ent)
-        self.actors.step(one_page.actor_loss(log_prob, bonus, old, advantages, is_response))
+        bonus = self.first.entropy_coeff * asyppo.filter_entropy(entropy, part["keep_entropy"])
+        self.actors.step(one_page.actor_loss(log_prob, bonus, part["old"], part["advantages"], part["is_response"]))
 
 
 def train(
-    task: Task, runs: Sequence[Run], start: Models, *, steps: int, may_go_on: Callable[[int], bool] = lambda step: True
+    task: Task, runs: Sequence[Run], start: Start, *, steps: int, may_go_on: Callable[[int], bool] = lambda step: True
 ) -> list[list[dict[str, float]]] | None:
     """Train all runs at once; returns the metrics by step and run, or None if ``may_go_on`` said no before a step."""
     torch.manual_seed(runs[0].seed)

@@ -11,6 +11,7 @@ from recipe.asyppo.study.rows import ABLATIONS, ALGORITHMS, Seeds, Store
 from recipe.asyppo.study.tasks import TASKS
 
 BEGIN, END = "<!-- results: written by python -m recipe.asyppo.study report -->", "<!-- end of results -->"
+FITNESS = rows.WITHOUT_CRITICS
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
 
@@ -58,9 +59,6 @@ def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
         for lr in rows.ACTOR_LRS
     ]
     return table(["actor lr", *FITNESS], body)
-
-
-FITNESS = rows.WITHOUT_CRITICS
 
 
 def setting(run: Run | None, algorithm: str) -> str:
@@ -122,8 +120,9 @@ def plot(store: Store, seeds: Seeds, path: Path) -> None:
     """Reward by responses of every algorithm at its tuned setting, mean of the seeds; a panel for each task."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(4.5 * len(TASKS), 3.5), layout="constrained", sharey=True)
-    for axis, task in zip(axes, TASKS, strict=True):
+    size = (4.5 * len(TASKS), 3.5)
+    figure, axes = plt.subplots(1, len(TASKS), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], TASKS, strict=True):
         for algorithm in ALGORITHMS:
             run = rows.best(store, task, algorithm, seeds)
             lines = [store.line(task, replace(run, seed=seed)) for seed in seeds.main] if run else [None]
@@ -133,8 +132,8 @@ def plot(store: Store, seeds: Seeds, path: Path) -> None:
             smooth = [fmean(curve[max(0, i - 4) : i + 1]) for i in range(len(curve))]
             axis.plot([run.prompts * run.responses * (i + 1) for i in range(len(curve))], smooth, label=algorithm)
         axis.set(title=task, xlabel="responses", ylim=(0, 1))
-    axes[0].set_ylabel("reward")
-    axes[0].legend(fontsize="small")
+    axes[0, 0].set_ylabel("reward")
+    axes[0, 0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 

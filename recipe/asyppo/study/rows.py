@@ -15,7 +15,7 @@ from recipe.asyppo.study.tasks import TASKS, Task
 
 ACTOR_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 CRITIC_LRS = (1e-3, 4e-3)
-WARMUPS = (0, 16)  # steps of value pre-training, out of the same budget
+WARMUPS = (0, 20)  # steps of value pre-training, out of the same budget
 ALGORITHMS = {
     "grpo": Run(num_critics=0),
     "oracle": Run(num_critics=0, is_oracle=True),

@@ -36,7 +36,7 @@ class Task:
     chance: tuple[float, float] = (0.15, 0.6)  # probability of the right digit: hard symbols, easy symbols
     hard: float = 0.5  # share of hard symbols
     actor_size: tuple[int, int] = (64, 2)
-    supervised_steps: int = 600
+    supervised_steps: int = 800
 
     @property
     def vocabulary(self) -> int:
@@ -126,10 +126,10 @@ def chances(task: Task, actors: Models, tokens_RBL: Tensor, responses: int) -> T
     return groups.mean(2, keepdim=True).expand_as(groups).flatten(1, 2)
 
 
-def starting_actor(task: Task, *, seed: int = 0) -> Models:
-    """An actor that imitates the demonstrations, errors included."""
+def starting_model(task: Task, size: tuple[int, int], *, seed: int = 0) -> Models:
+    """A language model that imitates the demonstrations, errors included: the actor's start, and the critics' bodies."""
     torch.manual_seed(seed)
-    actor = Models([task.weights(task.actor_size, task.vocabulary, seed)], [0.0])
+    actor = Models([task.weights(size, FIRST_SYMBOL, seed)], [0.0])  # symbols are read, never written
     generator = torch.Generator("cpu").manual_seed(seed)
     for step in range(task.supervised_steps):
         actor.lr_S[0] = 4e-3 * min(1, step / 50, 2 * (1 - step / task.supervised_steps))
@@ -143,8 +143,9 @@ def starting_actor(task: Task, *, seed: int = 0) -> Models:
 TASKS = {
     task.name: task
     for task in (
-        Task("checked", is_checked=True, is_exact=True, answers=12, chance=(0.3, 0.95), hard=0.2),
-        Task("plain", is_exact=True, answers=12, chance=(0.3, 0.95), hard=0.2),
-        Task("long", is_checked=True, answers=24, symbols=512),
+        Task("checked", is_checked=True, symbols=512, answers=16),
+        Task("long", is_checked=True, symbols=1024, answers=24),
+        Task("stall", is_checked=True, symbols=256, answers=12, is_exact=True, chance=(0.3, 0.95), hard=0.2),
+        Task("plain", symbols=512, answers=16),
     )
 }
