@@ -2,22 +2,26 @@
 
 Time and peak memory of one optimizer step on a batch and of one evaluation of it, for a critic of 4B, two of 0.6B, two of
 1.7B, and two of 4B against one of 14B. Each of M critics evaluates every row and trains on 1/M of them; weights are random.
-Needs torch, transformers and this repository, not verl. Each case has a process of its own: one that runs out of memory
-is reported as such, and the others go on. ``--device cpu`` runs a tiny shape, to see that the command works.
+Needs torch, transformers and this repository, not verl. Each case has a process of its own and a limit in time: one that
+fails is reported as such, and the others go on. ``--device cpu`` runs a tiny shape, to see that the command works.
 
-As in verl: fp32 weights and gradients under FSDP2, which hands each layer to the computation in bf16; gradient
-checkpointing; micro-batches of whole rows up to a number of tokens; gradient clipping; AdamW. Unlike there, all rows have the
-same length, so nothing is padded, all critics stay on the card, and AdamW is torch's fused one, which needs no memory of its
-own. ``/bf16`` behind a case, for models whose fp32 states no card holds: weights and gradients in bf16, no AdamW.
+As in verl: fp32 weights and gradients under FSDP2, which hands each layer to the computation in bf16, under autocast;
+gradient checkpointing; micro-batches of whole rows up to a number of tokens, packed, with positions to tell them apart;
+gradient clipping; AdamW. Unlike there, all rows have the same length, all critics stay on the card, and AdamW is torch's
+fused one, which needs no memory of its own. ``/bf16`` behind a case, for models whose fp32 states no card holds: weights and
+gradients in bf16, no AdamW. Options behind a case change one thing each
+(``2x0.6b+nockpt+compile``; a number and k: so many thousand tokens a micro-batch; ``--help`` lists them).
 
 The floor is what work (as ``recipe.asyppo.plan`` counts it, recomputation included) or memory traffic (without activations)
-takes at the card's peak. The last line is one JSON object.
+takes at the card's peak. ``warm-s`` is the first run, with what it compiles. ``check`` must agree between options: the norm
+of the first gradients, and the size of the values. The last line is one JSON object.
 """
 
 import argparse
 import dataclasses
 import json
-import re
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,118 +30,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForTokenClassification, Qwen3Config
-from transformers.utils import is_flash_attn_2_available
+from critic_cases import ATTENTION, OPTIONS, PROMPT, Case
+from critic_models import Batch, build, evaluate, kernels_of, update
 
-from recipe.asyppo.plan.model import BUILT_IN, Model
 from recipe.asyppo.plan.settings import GIB, HARDWARE
 
-PROMPT = 256  # tokens of a row before its response
-SHAPES = {**BUILT_IN, "tiny": Model("tiny", 512, 64, 128, 2, 4, 2, 16, tied=True)}
 # The names under which the SXM cards report themselves; PCIe and NVL cards have other peaks.
 CARDS = {"NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100"}
 PHASES = ["update", "evaluation"]
-COLUMNS = ["s", "min", "max", "floor-s", "tokens/s", "TFLOP/s", "of-peak", "GiB"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Critics of one size side by side (``4b``, ``2x0.6b``, ``14b/bf16``), and the rows they work on."""
-
-    name: str
-    model: Model
-    count: int
-    is_full: bool  # fp32 weights, gradients and AdamW; otherwise weights and gradients in bf16 and no optimizer step
-    length: int = 4096  # response tokens of a row
-    rows: int = 8
-    tokens: int = 17_408  # most tokens of a micro-batch to train on; one to evaluate holds twice as many
-
-    @classmethod
-    def parse(cls, name: str) -> "Case":
-        match = re.fullmatch(r"(?:([1-9]\d*)x)?([\w.]+?)(/bf16)?", name)
-        if not match or match[2] not in SHAPES:
-            sizes = ", ".join(SHAPES)
-            raise argparse.ArgumentTypeError(
-                f"{name!r} is no case; write SIZE, NxSIZE or NxSIZE/bf16 with one of {sizes}"
-            )
-        return cls(name, SHAPES[match[2]].as_critic(), int(match[1] or 1), not match[3])
-
-    def micro_batches(self, phase: str, index: int) -> list[int]:
-        """Rows of each micro-batch of critic ``index``: all rows to evaluate, every M-th to train on."""
-        rows = self.rows if phase == "evaluation" else len(range(index, self.rows, self.count))
-        most = self.tokens * (2 if phase == "evaluation" else 1) // (PROMPT + self.length)
-        return [min(most, rows - start) for start in range(0, rows, most)]
-
-    def floor(self, phase: str) -> tuple[float, float]:
-        """Operations, and bytes moved, that a phase cannot do without.
-
-        Bytes: bf16 weights in every pass over a micro-batch, one to evaluate and three to train, where gradients are read and
-        written too; AdamW reads and writes weights and moments and reads gradients.
-        """
-        flops = moved = 0.0
-        weights = self.model.params - self.model.embedding  # of the embedding only the rows in use have to move
-        for index in range(self.count):
-            batches = self.micro_batches(phase, index)
-            tokens, squares = (sum(batches) * (PROMPT + self.length) ** power for power in (1, 2))
-            if phase == "evaluation":
-                flops += self.model.forward_flops(tokens, squares)
-                moved += weights * 2 * len(batches)
-            else:
-                flops += self.model.training_flops(tokens, squares)
-                gradients, adamw = (8, 28) if self.is_full else (4, 0)
-                moved += weights * (6 + gradients) * len(batches) + self.model.params * adamw
-        return flops, moved
-
-
-def build(case: Case, device: str) -> nn.Module:
-    """A value model with random weights, ready to train."""
-    shape = case.model
-    widths = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
-    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
-    counts = {"vocab_size": shape.vocab, "num_hidden_layers": shape.layers, "num_labels": 1}
-    config = Qwen3Config(**widths, **heads, **counts, classifier_dropout=0.0, use_cache=False)
-    attention = "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
-    dtype = torch.float32 if case.is_full else torch.bfloat16
-    with torch.device(device):
-        model = AutoModelForTokenClassification.from_config(config, dtype=dtype, attn_implementation=attention)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if case.is_full:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for module in [*model.model.layers, model]:
-            fully_shard(module, mp_policy=policy)
-    return model
-
-
-def values_of(model: nn.Module, case: Case, rows: int, device: str) -> Tensor:
-    """Values (B, T) of random tokens, on response positions."""
-    ids_BT = torch.randint(0, case.model.vocab, (rows, PROMPT + case.length), device=device)
-    return model(input_ids=ids_BT).logits.squeeze(-1)[:, PROMPT:].float()
-
-
-def evaluate(models: Sequence[nn.Module], case: Case, device: str) -> None:
-    """Every critic evaluates every row."""
-    with torch.no_grad():
-        for index, model in enumerate(models):
-            model.eval()
-            for rows in case.micro_batches("evaluation", index):
-                values_of(model, case, rows, device)
-
-
-def update(models: Sequence[nn.Module], adamw: Sequence[torch.optim.AdamW], case: Case, device: str) -> None:
-    """One optimizer step of every critic on its share of the rows, towards random returns."""
-    for index, model in enumerate(models):
-        batches = case.micro_batches("update", index)
-        model.train()
-        for rows in batches:
-            values_BT = values_of(model, case, rows, device)
-            squares_BT = (values_BT - torch.randn_like(values_BT)).square()
-            (0.5 * squares_BT.sum() / (sum(batches) * case.length)).backward()
-        if case.is_full:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            adamw[index].step()
-        model.zero_grad()
+COLUMNS = ["s", "min", "max", "floor-s", "tokens/s", "TFLOP/s", "of-peak", "GiB", "warm-s", "check"]
 
 
 def seconds_of(action: Callable[[], object], device: str) -> float:
@@ -166,34 +67,60 @@ def card(device: str) -> dict:
     return {"name": name, "peaks": "measured", "flops": 2 * size**3 / product, "bandwidth": 2 * a.nbytes / copy}
 
 
-def measure(case: Case, device: str, repeats: int) -> list[dict]:
-    """A row for each phase, until one runs out of memory."""
-    results: list[dict] = []
+def measure(case: Case, device: str, repeats: int) -> None:
+    """Print a line for each phase, until one runs out of memory."""
+    phase = PHASES[0]
     try:
-        models = [build(case, device) for _ in range(case.count)]
-        adamw = [torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) for model in models if case.is_full]
+        torch.manual_seed(0)
+        models, batch = build(case, device), Batch(case, device)
+        fused = None if "foreach" in case.options else True
+        adamw = [torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused) for model in models if case.is_full]
         # The update first: it makes the AdamW states, which an evaluation in training finds in memory.
-        actions = [lambda: update(models, adamw, case, device), lambda: evaluate(models, case, device)]
+        actions = [lambda: update(models, adamw, batch), lambda: evaluate(models, batch)]
         for phase, action in zip(PHASES, actions, strict=True):
-            action()  # warm-up
+            start = time.perf_counter()
+            check = action()
+            check = None if check is None else float(check)
+            warm = time.perf_counter() - start
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds = [seconds_of(action, device) for _ in range(repeats)]
             gib = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None
-            results.append({"phase": phase, "all_seconds": seconds, "gib": gib})
+            result = {"phase": phase, "all_seconds": seconds, "gib": gib, "warm": warm, "check": check}
+            if "profile" in case.options:
+                result["kernels"] = kernels_of(action, device)
+            print(json.dumps(result), flush=True)
     except torch.cuda.OutOfMemoryError:
-        results.append({"phase": PHASES[len(results)], "error": "out of memory"})
-    return results
+        print(json.dumps({"phase": phase, "error": "out of memory"}))
 
 
-def measure_apart(case: Case) -> list[dict]:
-    """:func:`measure` in a process of its own; a failure of it is a result, not the end."""
+def start(case: Case) -> subprocess.Popen:
+    """A process for a case, which imports what it needs and waits for a line."""
     command = [sys.executable, __file__, *sys.argv[1:], "--cases", case.name, "--lengths", str(case.length), "--one"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        print(run.stderr, file=sys.stderr)
-        return [{"phase": "all", "error": f"exit code {run.returncode}, {run.stderr.splitlines()[-1:]}"}]
-    return json.loads(run.stdout.splitlines()[-1])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+
+
+def kill(process: subprocess.Popen | None) -> None:
+    """End a case's process and those that compile for it."""
+    if process and process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def finish(process: subprocess.Popen, limit: float) -> list[dict]:
+    """:func:`measure` in ``process``; a failure of it is a result, not the end."""
+    try:
+        output, errors = process.communicate("go\n", timeout=limit)
+        failure = f"exit code {process.returncode}, {errors.splitlines()[-1:]}" if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        kill(process)
+        output, errors = process.communicate()
+        failure = f"stopped after {limit:g} s"
+    results = [json.loads(line) for line in output.splitlines() if line.startswith('{"phase"')]
+    if failure:
+        print(errors[-3000:], file=sys.stderr)
+        results.append({"phase": [*PHASES, "end"][len(results)], "error": failure})
+    return results
 
 
 def with_rates(case: Case, result: dict, peak: dict) -> dict:
@@ -206,53 +133,116 @@ def with_rates(case: Case, result: dict, peak: dict) -> dict:
     floor = max(flops / peak["flops"], moved / peak["bandwidth"])
     tokens, speed = case.rows * (PROMPT + case.length) / seconds, flops / seconds
     low, high = min(row["all_seconds"]), max(row["all_seconds"])
-    figures = [seconds, low, high, floor, tokens, speed / 1e12, speed / peak["flops"], row.pop("gib")]
+    memory = [row.pop(name, None) for name in ("gib", "warm", "check")]
+    figures = [seconds, low, high, floor, tokens, speed / 1e12, speed / peak["flops"], *memory]
     return row | dict(zip(COLUMNS, figures, strict=True))
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[Case]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = "".join(f"  +{name:<8} {meaning}\n" for name, meaning in OPTIONS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"options behind a case:\n{options}  +{', +'.join(ATTENTION)}: attention; +9k: 9,216 tokens a micro-batch",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", type=Case.parse, nargs="+", help="default: 4b 2x0.6b 2x1.7b 2x4b/bf16 14b/bf16")
     parser.add_argument("--lengths", type=int, nargs="+", help="response tokens of a row; default: 4096 8192")
     parser.add_argument("--rows", type=int, default=Case.rows, help="rows in the batch")
     parser.add_argument("--tokens", type=int, default=Case.tokens, help="most tokens of a micro-batch to train on")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=90, help="seconds that a case may take")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     on_cpu = arguments.device == "cpu"
     names = ["tiny", "2xtiny"] if on_cpu else ["4b", "2x0.6b", "2x1.7b", "2x4b/bf16", "14b/bf16"]
     cases = [
-        dataclasses.replace(case, length=length, rows=arguments.rows, tokens=arguments.tokens)
+        dataclasses.replace(
+            case,
+            length=length,
+            rows=arguments.rows,
+            tokens=arguments.tokens if case.tokens == Case.tokens else case.tokens,
+        )
         for length in arguments.lengths or ([128, 256] if on_cpu else [4096, 8192])
         for case in arguments.cases or map(Case.parse, names)
     ]
-    longest, most = PROMPT + max(case.length for case in cases), max(case.count for case in cases)
-    if longest > arguments.tokens:
-        parser.error(f"--tokens {arguments.tokens} holds no row of {longest} tokens; raise it or lower --lengths")
-    if most > arguments.rows:
-        parser.error(f"--rows {arguments.rows} leaves one of {most} critics without a row; raise it")
+    for case in cases:
+        if PROMPT + case.length > case.tokens:
+            parser.error(
+                f"--tokens {case.tokens} holds no row of {PROMPT + case.length} tokens; raise it or lower --lengths"
+            )
+        if case.count > case.rows:
+            parser.error(f"--rows {case.rows} leaves one of {case.count} critics without a row; raise it")
+        if "stack" in case.options and case.rows % case.count:
+            parser.error(f"--rows {case.rows} gives {case.count} stacked critics unequal shares; raise it by one")
     return arguments, cases
+
+
+def print_row(row: dict, width: int) -> None:
+    figures = [f"{row[name]:>9,.4g}" for name in COLUMNS if row.get(name) is not None]
+    print(f"{row['case']:<{width}} {row['length']:>6} {row['phase']:<10}", *figures, row.get("error", ""), flush=True)
+    if "kernels" in row:
+        print("  ", {kind: round(seconds, 4) for kind, seconds in row["kernels"]["kinds"].items()})
+        print(*(f"    {s:.4f} s {count:>6} {name}" for s, count, name in row["kernels"]["most"]), sep="\n", flush=True)
+
+
+def table(cases: Sequence[Case], peak: dict, limit: float) -> list[dict]:
+    """Measure the cases one after the other, each printed as it ends; told to stop, return what there is."""
+    width, rows = max(len(case.name) for case in cases), []
+    print(f"{'case':<{width}} {'length':>6} {'phase':<10}", *(f"{column:>9}" for column in COLUMNS))
+    process, following = None, start(cases[0])
+    try:
+        for number, case in enumerate(cases):
+            # While a case is measured, the next one imports its packages.
+            process, following = following, start(cases[number + 1]) if number + 1 < len(cases) else None
+            for result in finish(process, limit):
+                rows.append(with_rates(case, result, peak))
+                print_row(rows[-1], width)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+    finally:
+        kill(process)
+        kill(following)
+    return rows
+
+
+def shares(rows: Sequence[dict]) -> list[dict]:
+    """Each case's update and evaluation together, and its peak memory, over those of the first case of its length."""
+    whole: dict[tuple[int, str], list[dict]] = {}
+    for row in rows:
+        whole.setdefault((row["length"], row["case"]), []).append(row)
+    result, first = [], {}
+    for (length, name), phases in whole.items():
+        if [row["phase"] for row in phases] != PHASES or any("error" in row for row in phases):
+            continue
+        found = {"s": sum(row["s"] for row in phases), "GiB": max(row["GiB"] or 0 for row in phases)}
+        base = first.setdefault(length, found)
+        part = {f"of-{key}": value / base[key] if base[key] else None for key, value in found.items()}
+        result.append({"case": name, "length": length, **found, **part})
+    return result
 
 
 def main() -> None:
     arguments, cases = read_arguments()
-    if arguments.one:
-        dist.init_process_group(
-            "gloo" if arguments.device == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
+    if not arguments.one:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        peak = card(arguments.device)
+        print(
+            f"{peak['name']}: {peak['flops'] / 1e12:.2f} TFLOP/s, {peak['bandwidth'] / 1e12:.2f} TB/s ({peak['peaks']})"
         )
-        print(json.dumps(measure(cases[0], arguments.device, arguments.repeats)))
-        dist.destroy_process_group()
+        rows = table(cases, peak, arguments.limit)
+        print("\nseconds of both phases, peak GiB, and both over those of the first case")
+        for share in shares(rows):
+            print(*(f"{value:.3f}" if isinstance(value, float) else value for value in share.values()))
+        print(json.dumps({"card": peak, "torch": torch.__version__, "rows": rows, "shares": shares(rows)}))
         return
-    peak, rows = card(arguments.device), []
-    print(f"{peak['name']}: {peak['flops'] / 1e12:.2f} TFLOP/s, {peak['bandwidth'] / 1e12:.2f} TB/s ({peak['peaks']})")
-    print(f"{'case':<10} {'length':>6} {'phase':<10}", *(f"{column:>9}" for column in COLUMNS))
-    for case in cases:
-        for result in measure_apart(case):
-            rows.append(row := with_rates(case, result, peak))
-            figures = [f"{row[name]:>9,.4g}" for name in COLUMNS if row.get(name) is not None]
-            print(f"{case.name:<10} {case.length:>6} {row['phase']:<10}", *figures, row.get("error", ""), flush=True)
-    print(json.dumps({"card": peak, "torch": torch.__version__, "rows": rows}))
+    sys.stdin.readline()
+    if arguments.device == "cuda":
+        torch.cuda.set_device(0)
+    backend = "gloo" if arguments.device == "cpu" else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    measure(cases[0], arguments.device, arguments.repeats)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ALLOWED = {
     "inspection": ({"torch", "numpy", "pyarrow", "transfer_queue"}, {"asyppo", "batch_io"}),
     "actor_loss": ({"torch", "tensordict", "verl"}, {"asyppo", "batch_io"}),
     "value_model": ({"torch", "wrapt", "transformers"}, set()),
+    "packed_attention": ({"torch", "transformers"}, set()),
     "critic_worker": ({"torch", "tensordict", "omegaconf", "verl"}, {"value_model", "checkpoint"}),
     "critic_client": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},

@@ -97,15 +97,15 @@ class Model:
         """
         return self._head_flops(tokens) + self._body_flops(tokens) + self._attention_flops(squares)
 
-    def training_flops(self, tokens: float, squares: float) -> float:
-        """Work of forward and backward with gradient checkpointing, which runs a layer's forward twice.
+    def training_flops(self, tokens: float, squares: float, recompute: bool = True) -> float:
+        """Work of forward and backward, with gradient checkpointing (``recompute``) or without.
 
-        The second time it stops before the layer's last matrix, whose output nothing needs. A matrix's backward is twice its
-        forward; that of flash attention is 2.5 times, since it recomputes the scores.
+        A matrix's backward is twice its forward; that of flash attention is 2.5 times, since it recomputes the scores.
+        Checkpointing runs a layer's forward a second time, up to the layer's last matrix, whose output nothing needs.
         """
         spared = 2 * tokens * self.layers * self.hidden * self.intermediate
-        body = 4 * self._body_flops(tokens) - spared
-        return 3 * self._head_flops(tokens) + body + 4.5 * self._attention_flops(squares)
+        body = (4 * self._body_flops(tokens) - spared) if recompute else 3 * self._body_flops(tokens)
+        return 3 * self._head_flops(tokens) + body + (3.5 + recompute) * self._attention_flops(squares)
 
     def _head_flops(self, tokens: float) -> float:
         return 2 * tokens * self.hidden * (1 if self.value_head else self.vocab)
