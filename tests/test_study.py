@@ -16,7 +16,7 @@ from recipe.asyppo.study.rows import Seeds, Store
 from recipe.asyppo.study.tasks import Task
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-TINY = {"symbols": 12, "answers": 3, "actor_size": (16, 1), "supervised_steps": 3}
+TINY = {"symbols": 12, "answers": 3, "actor_size": (16, 1), "supervised_steps": 3, "demonstrations": 16}
 
 
 def holes(runs: int, responses: int, length: int) -> torch.Tensor:

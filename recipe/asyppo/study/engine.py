@@ -26,11 +26,11 @@ class Run(Settings):
     seed: int = 0
     is_oracle: bool = False  # exact values instead of critics' (num_critics=0)
     mask_by: str = "sigma"  # sigma, highest, random or entropy
-    prompts: int = 8
+    prompts: int = 32
     responses: int = 8
-    mini_batches: int = 2
+    mini_batches: int = 4
     epochs: int = 2
-    critic_epochs: int = 4
+    critic_epochs: int = 3
     entropy_coeff: float = 0.001
     critic_size: tuple[int, int] = (32, 1)
     critic_lr: float = 3e-3

@@ -13,7 +13,7 @@ from statistics import fmean
 from recipe.asyppo.study.engine import Run
 from recipe.asyppo.study.tasks import TASKS, Task
 
-ACTOR_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+ACTOR_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
 CRITIC_LRS = (1e-3, 4e-3)
 WARMUPS = (0, 20)  # steps of value pre-training, out of the same budget
 ALGORITHMS = {
@@ -66,8 +66,8 @@ class Store:
 class Seeds:
     """Seeds that choose the learning rates, and others that are reported."""
 
-    main: tuple[int, ...] = tuple(range(10))
-    tuning: tuple[int, ...] = (100, 101, 102, 103)
+    main: tuple[int, ...] = tuple(range(8))
+    tuning: tuple[int, ...] = (100, 101, 102)
 
 
 def grid(algorithm: str) -> list[Run]:

@@ -37,6 +37,7 @@ class Task:
     hard: float = 0.5  # share of hard symbols
     actor_size: tuple[int, int] = (64, 2)
     supervised_steps: int = 800
+    demonstrations: int = 1024  # in each of these steps
 
     @property
     def vocabulary(self) -> int:
@@ -133,7 +134,7 @@ def starting_model(task: Task, size: tuple[int, int], *, seed: int = 0) -> Model
     generator = torch.Generator("cpu").manual_seed(seed)
     for step in range(task.supervised_steps):
         actor.lr_S[0] = 4e-3 * min(1, step / 50, 2 * (1 - step / task.supervised_steps))
-        prompts_BN = task.draw_prompts(256, generator).to(actor.lr_S.device)
+        prompts_BN = task.draw_prompts(task.demonstrations, generator).to(actor.lr_S.device)
         response_BT = task.demonstrate(prompts_BN)
         logits_BTV = actor(torch.cat([prompts_BN, response_BT], 1)[None])[0, :, task.answers - 1 : -1]
         actor.step(F.cross_entropy(logits_BTV.flatten(0, 1), response_BT.flatten())[None])
@@ -143,9 +144,9 @@ def starting_model(task: Task, size: tuple[int, int], *, seed: int = 0) -> Model
 TASKS = {
     task.name: task
     for task in (
-        Task("checked", is_checked=True, symbols=512, answers=16),
-        Task("long", is_checked=True, symbols=1024, answers=24),
-        Task("stall", is_checked=True, symbols=256, answers=12, is_exact=True, chance=(0.3, 0.95), hard=0.2),
-        Task("plain", symbols=512, answers=16),
+        Task("checked", is_checked=True, symbols=2048, answers=16),
+        Task("long", is_checked=True, symbols=2048, answers=24),
+        Task("stall", is_checked=True, symbols=1024, answers=12, is_exact=True, chance=(0.3, 0.95), hard=0.2),
+        Task("plain", symbols=2048, answers=16),
     )
 }
