@@ -41,7 +41,7 @@ def packed_attention(
     attention_mask: None,
     *,
     scaling: float,
-    position_ids: Tensor | None = None,
+    position_ids: Tensor,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **_: Any,
@@ -72,8 +72,6 @@ def one_by_one(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, bounds_
     return torch.cat(outputs, 2)[0].transpose(0, 1).unflatten(0, (len(query_BHTD), -1))
 
 
-def register() -> None:
-    """Make it known to transformers, which builds no mask for a name that is not its own."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, packed_attention)
+def register(modeling_utils: Any) -> None:
+    """Make it known to ``transformers.modeling_utils``; transformers builds no mask for a name that is not its own."""
+    modeling_utils.AttentionInterface.register(NAME, packed_attention)
