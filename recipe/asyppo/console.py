@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asyppo_verl.checkpoint import latest_step
+from asyppo_verl.cpu import fork_server
 
 PROGRESS = re.compile(r"Training Progress:.*")
 REWARD = "critic/score/mean"
@@ -110,7 +111,9 @@ def private_tmpdir() -> Iterator[dict[str, str]]:
         return
     # A short name, since Ray's sockets lie below it; what is still being written to it must not keep it from going.
     with tempfile.TemporaryDirectory(prefix="asyppo-ray-", ignore_cleanup_errors=True) as folder:
-        yield {**os.environ, "TMPDIR": folder}
+        environment = {**os.environ, "TMPDIR": folder}
+        with fork_server.running(folder, environment):
+            yield environment
 
 
 @contextlib.contextmanager

@@ -1,0 +1,195 @@
+"""Start the processes of a run in a tenth of a second: fork them from one that has imported torch and vLLM already.
+
+A run on a CPU is a dozen Python processes, of which most import the same modules, for 6 to 14 s each. The server imports them
+once. ``FOLDER/python`` then stands for ``python``: given a script or ``-c CODE``, it has the server fork, and lives as long
+as the fork; if there is no server, it becomes the real one. Ray starts its workers with it
+(``ray_kwargs.ray_init.runtime_env.py_executable``), and they start vLLM's engine with it.
+
+Not for GPUs: a process that has touched CUDA must not fork.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import importlib
+import json
+import multiprocessing
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from asyppo_verl import cpu
+
+# The heavy ones among what verl imports; not verl itself, which reads its plugins from the environment, nor anything that
+# imports Ray, whose library reads its own.
+MODULES = [
+    "torch._dynamo",
+    "transformers.models.qwen3.modeling_qwen3",
+    "tensordict",
+    "datasets",
+    "peft",
+    "hydra",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.engine.arg_utils",
+    "vllm.entrypoints.openai.cli_args",
+]
+
+# What stands for python: a program that starts in 20 ms, since it needs no library.
+CLIENT = """\
+#!{python} -IS
+import json, os, signal, socket, sys
+arguments = sys.argv[1:]
+while arguments and arguments[0].startswith("-") and arguments[0] != "-c":  # such as -B, which the server has too
+    arguments.pop(0)
+numbers = [int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists("/proc/self/fd/" + name)]
+server = socket.socket(socket.AF_UNIX)
+try:
+    if arguments[0] != "-c" and not arguments[0].endswith(".py"):
+        raise OSError("neither a script nor code")
+    server.connect({address!r})
+except (OSError, IndexError):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+request = dict(arguments=arguments, environ=dict(os.environ), folder=os.getcwd(), numbers=numbers)
+socket.send_fds(server, [b" "], numbers)
+server.sendall(json.dumps(request).encode() + b"\\n")
+replies = server.makefile()
+pid = int(replies.readline())
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: os.kill(pid, number))
+code = int(replies.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+@contextlib.contextmanager
+def running(folder: str, environ: Mapping[str, str]) -> Iterator[None]:
+    """Run a server for ``FOLDER/python`` with an environment; what it prints goes to ``FOLDER/fork_server.log``."""
+    command = [sys.executable, "-m", __name__, folder]
+    with (
+        open(f"{folder}/fork_server.log", "w") as log,
+        subprocess.Popen(command, env=environ, stdout=log, stderr=log, process_group=0) as server,
+    ):
+        try:
+            yield
+        finally:
+            server.terminate()
+
+
+def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Fork for every request; returns, in each fork, the request and the files that came with it."""
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                client, _ = listener.accept()
+                _, files, _, _ = socket.recv_fds(client, 1, 253)
+                with client.makefile() as lines:
+                    line = lines.readline()
+                pid = os.fork() if line else None  # a client that was killed asks for nothing
+                if pid == 0:
+                    for source in [*(key.fileobj for key in selector.get_map().values()), selector, client]:
+                        os.close(source) if isinstance(source, int) else source.close()
+                    return json.loads(line), files
+                for file in files:
+                    os.close(file)
+                if pid is None:
+                    client.close()
+                    continue
+                end = os.pidfd_open(pid)
+                for source in (client, end):
+                    selector.register(source, selectors.EVENT_READ, (pid, end, client))
+                client.sendall(b"%d\n" % pid)
+            elif key.fileobj in selector.get_map():
+                pid, end, client = key.data
+                if key.fileobj is client:  # which says nothing more: it has been killed
+                    os.kill(pid, signal.SIGKILL)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                for source in (client, end):
+                    selector.unregister(source)
+                os.close(end)
+                with client, contextlib.suppress(BrokenPipeError):
+                    client.sendall(b"%d\n" % code)
+
+
+def become(request: Mapping[str, Any], files: list[int]) -> None:
+    """Take over the client's files, environment, folder and number of threads; random numbers are this process's own."""
+    import numpy
+
+    # Out of the way first: a file's number here may be that of another one there.
+    os.closerange(3, min(files))
+    spare = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]
+    os.closerange(3, max(files) + 1)
+    for file, number in zip(spare, request["numbers"], strict=True):
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    os.chdir(request["folder"])
+    set_threads()
+    # Ray says it late, when a worker gets its first task, and before torch would be imported.
+    wrapt.register_post_import_hook(
+        lambda module: wrapt.wrap_function_wrapper(module, "set_omp_num_threads_if_unset", then_set_threads),
+        "ray._private.utils",
+    )
+    numpy.random.seed()
+
+
+def set_threads() -> None:
+    """Let torch use as many threads as ``OMP_NUM_THREADS`` says, which is read only once, when torch is loaded."""
+    import torch
+
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+
+
+def then_set_threads(wrapped, _instance, args, kwargs):
+    result = wrapped(*args, **kwargs)
+    set_threads()
+    return result
+
+
+def run(arguments: list[str]) -> None:
+    """Do what ``python ARGUMENTS`` does: run a script, or the code after ``-c``."""
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    if arguments[0] == "-c":
+        sys.argv, sys.path[0], source, name = ["-c", *arguments[2:]], "", arguments[1], "<string>"
+    else:
+        sys.argv, sys.path[0], name = arguments, os.path.dirname(os.path.abspath(arguments[0])), arguments[0]
+        source, main.__file__ = Path(name).read_text(), name
+    main.__builtins__ = __builtins__
+    exec(compile(source, name, "exec"), main.__dict__)
+
+
+def main() -> None:
+    folder = sys.argv[1]
+    program, address = Path(folder, "python"), f"{folder}/fork_server"
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ends with the process that started it
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)  # who comes while the modules are being imported waits
+    program.write_text(CLIENT.format(python=sys.executable, address=address))
+    program.chmod(0o700)
+    multiprocessing.set_executable(str(program))
+    cpu.set_environment()
+    for name in MODULES:
+        importlib.import_module(name)
+    request, files = serve(listener)
+    become(request, files)
+    run(request["arguments"])
+
+
+if __name__ == "__main__":
+    main()
