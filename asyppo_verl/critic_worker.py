@@ -23,7 +23,7 @@ from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
 
-from asyppo_verl import value_model
+from asyppo_verl import packed_attention, value_model
 from asyppo_verl.checkpoint import Model, check_critics, check_files, critic_folders
 
 CRITIC_ID = "asyppo_critic_id"
@@ -126,9 +126,13 @@ class MiniCritic(TrainingWorker):
     _step_sizes: Iterator[int] | None = None
 
     def reset(self) -> None:
-        """Build the model, its head in float32."""
+        """Build the model, its head in float32; it looks once for the bounds of packed sequences."""
         super().reset()
-        value_model.use_float32_head(self.engine.module)
+        module, engine = self.engine.module, self.engine_config
+        value_model.use_float32_head(module)
+        is_whole = engine.ulysses_sequence_parallel_size == 1  # otherwise a rank sees a part of each sequence
+        if engine.use_remove_padding and is_whole and packed_attention.wants_bounds(module):
+            packed_attention.find_bounds_once(module)
 
     def train(self, data: TensorDict, responses: Sequence[Sequence[int]] | None) -> TensorDict | None:
         """verl's ``train_mini_batch`` on rows of which ``responses[i][r]`` of rank r in step i are no fillers (None: all)."""

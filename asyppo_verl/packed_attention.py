@@ -15,7 +15,7 @@ NAME = "torch_packed"
 def bounds_of(position_ids_BT: Tensor) -> dict[str, Any]:
     """Where the packed sequences begin and end, under the names that transformers' attention functions know.
 
-    A sequence begins where the position is 0. One transfer from the device, which is why a micro-batch should need this once.
+    A sequence begins where the position is 0. To find out, the program waits for the device.
     """
     positions = position_ids_BT.flatten()
     end = torch.full((1,), len(positions), device=positions.device)
@@ -24,8 +24,22 @@ def bounds_of(position_ids_BT: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
+def wants_bounds(model: Any) -> bool:
+    """Whether a model, wrapped by FSDP or not, looks for the bounds of packed sequences in every layer, and can be given them.
+
+    transformers' own models pass on what their attention may want; of others' code that is not known.
+    """
+    model = getattr(model, "_fsdp_wrapped_module", model)
+    attention = str(model.config._attn_implementation)
+    is_known = any(cls.__module__.startswith("transformers.models.") for cls in type(model).__mro__)
+    return is_known and (attention == NAME or attention.startswith("flash_attention"))
+
+
 def find_bounds_once(model: nn.Module) -> None:
-    """Let ``model`` look for the bounds of its packed sequences once a call, not once a layer."""
+    """Let ``model`` look for the bounds of its packed sequences once a call, not once a layer.
+
+    transformers waits for the device several times a layer while it looks.
+    """
 
     def with_bounds(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, kwargs | bounds_of(kwargs["position_ids"])
