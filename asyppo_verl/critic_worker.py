@@ -94,7 +94,9 @@ def worker_config(node: DictConfig) -> TrainingWorkerConfig:
     )
 
 
-def ensemble_worker_class(specs: Sequence[MiniCriticSpec], *, split: bool = False) -> type["MiniCriticEnsembleWorker"]:
+def ensemble_worker_class(
+    specs: Sequence[MiniCriticSpec], *, split: bool = False, compiles: bool = False
+) -> type["MiniCriticEnsembleWorker"]:
     """A worker class that carries its specs: verl hands a critic worker one configuration, and we need M.
 
     Made anew at every call, so that Ray ships it by value; attributes set on an importable class would be lost.
@@ -102,9 +104,10 @@ def ensemble_worker_class(specs: Sequence[MiniCriticSpec], *, split: bool = Fals
     Args:
         specs: one per mini-critic.
         split: the ranks are dealt to the critics in equal runs, instead of every critic spanning all of them.
+        compiles: the critics' layers are compiled.
     """
-    shares = len(specs) if split else 1
-    return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), {"specs": tuple(specs), "shares": shares})
+    own = {"specs": tuple(specs), "shares": len(specs) if split else 1, "compiles": compiles}
+    return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), own)
 
 
 def share_groups(group: RayWorkerGroup, shares: int) -> list[RayWorkerGroup]:
@@ -188,6 +191,8 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
     specs: tuple[MiniCriticSpec, ...] = ()
     shares: int = 1
     """Into how many equal runs the ranks are dealt: 1, or one per critic."""
+    compiles: bool = False
+    """Whether the critics' layers are compiled."""
 
     def __init__(self, config: Any = None) -> None:
         Worker.__init__(self)
@@ -210,6 +215,8 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.specs[index].head_seed)
                 critic.reset()
+            if self.compiles:
+                value_model.compile_layers(critic.engine.module)
             _name_architecture(critic.engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 NAME = "torch_packed"
 """What ``attn_implementation`` says to have it."""
 
+UNSUPPORTED = ("dropout", "sliding_window", "softcap", "s_aux")
+"""What transformers may ask of an attention function beyond this one."""
+
 
 def bounds_of(position_ids_BT: Tensor) -> dict[str, Any]:
     """Where the packed sequences begin and end, under the names that transformers' attention functions know.
@@ -58,12 +61,20 @@ def packed_attention(
     position_ids: Tensor,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence, as transformers calls it; returns (B, T, H, D).
 
     On a GPU one call of torch's FlashAttention-2 for rows of any lengths; elsewhere a call for each sequence.
+
+    Raises:
+        ValueError: if the model's attention has more to it, such as a window, sinks or dropout.
     """
+    if asked := [name for name in UNSUPPORTED if more.get(name)]:
+        raise ValueError(
+            f"attn_implementation={NAME} has no {', '.join(asked)}, which {type(module).__name__} asks for; set "
+            "attn_implementation=sdpa or flash_attention_2"
+        )
     if cu_seq_lens_q is None:
         bounds = bounds_of(position_ids)
         cu_seq_lens_q, max_length_q = bounds["cu_seq_lens_q"], bounds["max_length_q"]

@@ -1,5 +1,6 @@
 """What makes a critic faster leaves its values and gradients what they are: in bf16, packed, through verl's engine."""
 
+import functools
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
+from asyppo_verl import value_model
 from asyppo_verl.critic_worker import value_field
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -29,7 +31,9 @@ SETTINGS = {
     "ppo_max_token_len_per_gpu=200": ROUNDED,
     "model.override_config.attn_implementation=eager": ROUNDED,
     "model.override_config.attn_implementation=torch_packed": ROUNDED,
+    "fsdp.seed=1": ROUNDED,  # which changes nothing: this critic's layers are compiled
 }
+COMPILED = len(SETTINGS)
 AS_ON_GPUS = [
     "critic.fsdp.mixed_precision.param_dtype=bf16",
     "critic.model.use_remove_padding=True",
@@ -51,6 +55,22 @@ class AlikeWorker(ProbedWorker):
                     parameter.copy_(same)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def compile(self, index: int) -> None:
+        """Let a critic's layers be compiled, by all but the last stage of the compiler, which takes a minute on a CPU."""
+        from torch._dynamo import config  # here, since cloudpickle cannot take this module along
+
+        config.disable = False
+        compile_with, torch.compile = torch.compile, functools.partial(torch.compile, backend="aot_eager")
+        value_model.compile_layers(self.critics[index].engine.module)
+        torch.compile = compile_with
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def graphs(self) -> int:
+        from torch._dynamo.utils import counters
+
+        return counters["stats"]["unique_graphs"]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def gradients(self) -> list[torch.Tensor]:
         """The gradient of every critic's first step: AdamW's first moments are a tenth of it."""
         return [
@@ -70,12 +90,16 @@ def found(cluster, toy):  # noqa: F811
     compose = composing(overrides_for(toy))
     group = start(compose, 1, f"+asyppo.num_critics={count}", *AS_ON_GPUS, *own, worker=AlikeWorker)
     group.make_alike()
+    group.compile(COMPILED)
     data = batch(20, num_critics=count)
     for index in range(1, count):
         data[value_field(index)] = data[value_field(0)]
     values = group.infer_batch(data.copy()).get()
     losses = [train(group, index, data)["critic/vf_loss"][0] for index in range(count)]
-    (gradients,) = group.gradients()
+    (gradients,), (graphs,) = group.gradients(), group.graphs()
+    assert 0 < graphs <= 6, (
+        "once for all layers and lengths: with and without gradients, and where a layer's input has none"
+    )
     ray.kill(group.workers[0])
     return [(values[value_field(index)].values(), losses[index], gradients[index]) for index in range(count)]
 

@@ -62,6 +62,14 @@ def test_on_a_gpu_it_is_one_call_of_torchs_kernel(monkeypatch):
     assert output.shape == (2, 6, 4, 128) and output.dtype == torch.bfloat16
 
 
+def test_what_it_does_not_have_is_refused():
+    heads = torch.randn(2, 2, 6, 8)
+    with pytest.raises(ValueError, match=r"torch_packed has no sliding_window.*attn_implementation=sdpa"):
+        packed_attention.packed_attention(
+            None, heads, heads, heads, None, scaling=1.0, position_ids=POSITIONS_BT, sliding_window=4, dropout=0.0
+        )
+
+
 def small_model():
     packed_attention.register(modeling_utils)
     config = Qwen3Config(
