@@ -65,7 +65,7 @@ replies = server.makefile()
 pid = int(replies.readline())
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: os.kill(pid, number))
-code = int(replies.readline())
+code = int(replies.readline() or 1)  # nothing comes from a server that was ended first
 if code < 0:
     signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
