@@ -70,7 +70,8 @@ class AsyPPOMixin(_Base):
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         specs = critic_specs(critic_nodes(self.config, self.asyppo), self.asyppo.head_seed)
-        worker = ensemble_worker_class(specs, split=self.asyppo.placement == "split")
+        is_split, compiles = self.asyppo.placement == "split", self.asyppo.compile_critics
+        worker = ensemble_worker_class(specs, split=is_split, compiles=compiles)
         self.role_worker_mapping[Role.Critic] = ray.remote(worker)
         if self.asyppo.critics_are_apart:
             pool = self.asyppo.pool
