@@ -32,8 +32,7 @@ class Run(Settings):
     epochs: int = 2
     critic_epochs: int = 3
     entropy_coeff: float = 0.001
-    critic_size: tuple[int, int] = (32, 1)
-    critic_lr: float = 3e-3
+    critic_lr: float = 1e-3
     lam: float = 0.95
 
 

@@ -14,7 +14,7 @@ from recipe.asyppo.study.engine import Run
 from recipe.asyppo.study.tasks import TASKS, Task
 
 ACTOR_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
-CRITIC_LRS = (1e-3, 4e-3)
+CRITIC_LRS = (1e-3, 3e-3)
 WARMUPS = (0, 20)  # steps of value pre-training, out of the same budget
 ALGORITHMS = {
     "grpo": Run(num_critics=0),
@@ -107,7 +107,7 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
         "shard": {shard: replace(run, shard=shard) for shard in ("group", "prompt", "none", "half")},
         "number": {
             f"M={m} of {size[0]} x {size[1]}": replace(run, num_critics=m, critic_size=size)
-            for m, size in ((2, (32, 1)), (1, (32, 1)), (4, (32, 1)), (1, (48, 1)), (4, (16, 1)))
+            for m, size in ((2, (32, 2)), (1, (32, 2)), (4, (32, 2)), (1, (48, 2)), (4, (16, 2)))
         },
         "mask_by": {by: replace(masked, mask_by=by) for by in ("sigma", "highest", "random", "entropy")}
         | {"no mask": replace(masked, adv_mask_fraction=0.0)},
@@ -115,10 +115,10 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
             f"lam={lam} critic_lam={critic_lam}": replace(run, lam=lam, critic_lam=critic_lam)
             for lam, critic_lam in ((0.95, 1.0), (0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (1.0, 1.0), (0.95, 0.95))
         },
-        "pretraining": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 4, 8, 16, 32, 64)},
+        "pretraining": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 5, 10, 20, 40, 60)},
         "critic_size": {
             f"{width} x {layers}": replace(run, critic_size=(width, layers))
-            for width, layers in ((32, 1), (16, 1), (48, 1), (64, 1), (64, 2))
+            for width, layers in ((32, 2), (16, 1), (16, 2), (48, 2), (64, 3))
         },
     }
 

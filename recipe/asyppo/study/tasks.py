@@ -35,7 +35,7 @@ class Task:
     is_exact: bool = False  # reward: all answers right, or else their share
     chance: tuple[float, float] = (0.15, 0.6)  # probability of the right digit: hard symbols, easy symbols
     hard: float = 0.5  # share of hard symbols
-    actor_size: tuple[int, int] = (64, 2)
+    actor_size: tuple[int, int] = one_page.ACTOR_SIZE
     supervised_steps: int = 800
     demonstrations: int = 1024  # in each of these steps
 
