@@ -66,8 +66,8 @@ class Store:
 class Seeds:
     """Seeds that choose the learning rates, and others that are reported."""
 
-    main: tuple[int, ...] = tuple(range(8))
-    tuning: tuple[int, ...] = (100, 101, 102)
+    main: tuple[int, ...] = tuple(range(6))
+    tuning: tuple[int, ...] = (100, 101)
 
 
 def grid(algorithm: str) -> list[Run]:

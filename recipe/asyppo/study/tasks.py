@@ -133,7 +133,7 @@ def starting_model(task: Task, size: tuple[int, int], *, seed: int = 0) -> Model
     actor = Models([task.weights(size, FIRST_SYMBOL, seed)], [0.0])  # symbols are read, never written
     generator = torch.Generator("cpu").manual_seed(seed)
     for step in range(task.supervised_steps):
-        actor.lr_S[0] = 4e-3 * min(1, step / 50, 2 * (1 - step / task.supervised_steps))
+        actor.lr_S[0] = 3e-3 * min(1, step / 50, 2 * (1 - step / task.supervised_steps))
         prompts_BN = task.draw_prompts(task.demonstrations, generator).to(actor.lr_S.device)
         response_BT = task.demonstrate(prompts_BN)
         logits_BTV = actor(torch.cat([prompts_BN, response_BT], 1)[None])[0, :, task.answers - 1 : -1]
