@@ -79,10 +79,8 @@ class Models:
         w, (S, B, L) = self.weights, tokens_SBL.shape
         past, old, new = cache[0].shape[-2] if cache else 0, cache or [], []
         position_SND = w["position"][:, None, past : past + L].expand(-1, B, -1, -1).flatten(1, 2)
-        token_SND = w["token"].gather(1, tokens_SBL.flatten(1)[..., None].expand_as(position_SND))
-        x = (
-            token_SND + position_SND
-        )  # products of exactly three axes: with more, torch would copy weights for every row
+        x = w["token"].gather(1, tokens_SBL.flatten(1)[..., None].expand_as(position_SND)) + position_SND
+        # Below, products of exactly three axes: with more, torch would copy the weights for every row.
         for i in range(sum(name.endswith("qkv") for name in w)):
             heads = (F.rms_norm(x, x.shape[-1:]) @ w[f"{i}.qkv"]).view(S * B, L, 3, -1, 16)
             q, k, v = heads.permute(2, 0, 3, 1, 4)
