@@ -75,9 +75,9 @@ class Machine:
         least = max((gib for gib in CARDS if gib <= self.gib), default=0)
         self.models, self.tokens, self.log_prob_tokens = CARDS.get(least, (TINY, 4096, 4096))
         self.response = 1024 if least else 16
-        self.steps = 3 if least else 2
+        self.steps = 3
         # Steps of the toy, of them up to a checkpoint, and up to SIGKILL; prompts of a step.
-        self.toy_steps, self.toy_save, self.toy_kill, self.toy_prompts = (30, 10, 22, 64) if least else (10, 4, 6, 16)
+        self.toy_steps, self.toy_save, self.toy_kill, self.toy_prompts = (12, 5, 7, 64) if least else (10, 4, 6, 16)
 
 
 def announce(machine: Machine) -> None:
@@ -221,6 +221,7 @@ def check_toy(folder: Path, machine: Machine, check: Checks) -> dict[str, float]
         killed and first >= machine.toy_kill,
         f"{first} steps, the first began after {recipe.seconds_to_first_step:.0f} s",
     )
+    recipe.environment["FAST_START"] = "1"
     code = recipe.run(300)
     steps = recipe.steps()
     resumed = (
@@ -260,7 +261,7 @@ def check_recipe(folder: Path, machine: Machine, algorithm: str, check: Checks) 
         "LOG_PROB_TOKENS": machine.log_prob_tokens,
         "CRITIC_TOKENS": machine.log_prob_tokens,
     }
-    variables |= {"STEPS": machine.steps, "SAVE_FREQ": -1, "REWARD": folder / "reward.py"}
+    variables |= {"STEPS": machine.steps, "SAVE_FREQ": -1, "REWARD": folder / "reward.py", "FAST_START": 1}
     variables |= {"ACTOR_MODEL": folder / "actor", "CRITIC_MODEL": folder / "critic"}
     variables |= {"TRAIN_FILES": folder / "prompts.parquet", "VAL_FILES": folder / "prompts.parquet"}
     recipe = Recipe(folder, f"recipe_{algorithm}", variables, [])
