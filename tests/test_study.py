@@ -132,6 +132,7 @@ def study(monkeypatch, tmp_path):
         small = replace(algorithm, prompts=2, responses=4, mini_batches=1, critic_size=(16, 1 + (name == "ppo")))
         monkeypatch.setitem(rows.ALGORITHMS, name, small)
     monkeypatch.setattr(rows, "ACTOR_LRS", (1e-3, 2e-3))
+    monkeypatch.setattr(rows, "LEARNED_LRS", (1e-3, 2e-3))
     monkeypatch.setattr(rows, "CRITIC_LRS", (1e-3,))
     monkeypatch.setattr(rows, "WARMUPS", (0,))
     document = tmp_path / "study.md"
