@@ -97,6 +97,10 @@ def test_the_grade_and_the_demonstrations_agree():
     responses[0, 2] = task.table()[1][prompts[0, 1] - tasks.FIRST_SYMBOL]
     is_right, rewards = task.grade(torch.cat([prompts, responses], 1)[None])
     assert is_right[0, 0].tolist() == [True, False, True] and float(rewards[0, 0]) == pytest.approx(2 / 3)
+    tokens = torch.cat([prompts, responses], 1)[None]
+    assert task.admitted(tokens, is_right).item() == 0  # the one wrong answer is called right
+    tokens[0, 0, task.answers + 3] = tasks.WRONG
+    assert task.admitted(tokens, is_right).item() == 1
     assert float(replace(task, is_exact=True).grade(torch.cat([prompts, responses], 1)[None])[1][0, 0]) == 0
 
 
@@ -164,7 +168,7 @@ def test_rows_resume_and_report(study, capsys):
     run("report")
     text = document.read_text()
     assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text
-    assert "| asyppo | " in text and "mask alone" in text and "Not run on this task: shard" in text
+    assert "| asyppo | " in text and "| mask alone | " in text and "shares but for k=0.2 h=0.2, k=0.0 h=0.0" in text
     run("report")
     assert document.read_text() == text
     with pytest.raises(SystemExit, match="is none of"):

@@ -211,10 +211,12 @@ class Trainer:
         facts = (tokens_RBL, old_RBT, is_response_RBT, is_right_RBN, rewards_RBT, chance_RBN)
         per_group = [critics.credit(*facts) for critics in self.critics]
         advantages, returns, keep_entropy = map(torch.cat, zip(*(earned for earned, _ in per_group), strict=True))
+        of_all = {"reward": score_RB.mean(1).tolist(), "admitted": task.admitted(tokens_RBL, is_right_RBN).tolist()}
         metrics = [
-            {"reward": reward} | {name: numbers[row] for name, numbers in group_metrics.items()}
+            {name: numbers[critics.rows][row] for name, numbers in of_all.items()}
+            | {name: numbers[row] for name, numbers in group_metrics.items()}
             for (_, group_metrics), critics in zip(per_group, self.critics, strict=True)
-            for row, reward in enumerate(score_RB[critics.rows].mean(1).tolist())
+            for row in range(len(critics.runs))
         ]
         batch = {"tokens": tokens_RBL, "is_response": is_response_RBT, "old": old_RBT, "returns": returns}
         return batch | {"advantages": advantages, "keep_entropy": keep_entropy}, metrics

@@ -1,5 +1,7 @@
 """Tables and plots of the study, from its finished runs, into docs/study.md between two marks."""
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,46 +86,50 @@ def comparison(store: Store, task: str, seeds: Seeds) -> str:
         [
             algorithm,
             shown(scores[algorithm]),
-            shown(differences(scores[algorithm], scores["grpo"]), "+"),
+            "-" if algorithm == "grpo" else shown(differences(scores[algorithm], scores["grpo"]), "+"),
             mean_metric(store, task, run, seeds, "explained_var") if run else "-",
             mean_metric(store, task, run, seeds, "masked_to_kept") if run else "-",
+            mean_metric(store, task, run, seeds, "admitted") if run else "-",
             setting(run, algorithm),
         ]
         for algorithm, run in tuned.items()
     ]
-    head = ["algorithm", "score", "less GRPO's", "explained variance", "masked to kept", "tuned setting"]
+    head = ["algorithm", "score", "less GRPO's", "explained variance", "masked to kept", "admitted", "tuned setting"]
     return table(head, body)
 
 
-def ablation(store: Store, task: str, seeds: Seeds, name: str) -> str | None:
-    """The variants of one ablation against its first; None if nothing of it has run."""
+def ablation(store: Store, task: str, seeds: Seeds, name: str) -> tuple[str | None, str]:
+    """The variants of one ablation that have run, against its first, and what is missing; no table of fewer than two."""
     tuned = rows.best(store, task, "asyppo", seeds)
     if tuned is None:
-        return None
+        return None, name
     variants = rows.ablations(tuned)[name]
     scores = {variant: store.scores(task, run, seeds.main) for variant, run in variants.items()}
-    first = next(iter(scores.values()))
-    if all(numbers is None for numbers in list(scores.values())[1:]):
-        return None
+    first, *others = scores.values()
+    there = {variant: numbers for variant, numbers in scores.items() if numbers is not None}
+    if first is None or len(there) < 2:
+        return None, name
     body = [
         [
             variant,
             shown(numbers),
-            shown(differences(numbers, first), "+"),
+            "-" if numbers is first else shown(differences(numbers, first), "+"),
             mean_metric(store, task, variants[variant], seeds, "explained_var"),
         ]
-        for variant, numbers in scores.items()
+        for variant, numbers in there.items()
     ]
-    return table([name, "score", "less the first's", "explained variance"], body)
+    missing = f"{name} but for {', '.join(there)}" if None in others else ""
+    return table([name, "score", "less the first's", "explained variance"], body), missing
 
 
 def plot(store: Store, seeds: Seeds, path: Path) -> None:
-    """Reward by responses of every algorithm at its tuned setting, mean of the seeds; a panel for each task."""
+    """Reward by responses of every algorithm at its tuned setting, mean of the seeds; a panel for each task that has runs."""
     import matplotlib.pyplot as plt
 
-    size = (4.5 * len(TASKS), 3.5)
-    figure, axes = plt.subplots(1, len(TASKS), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for axis, task in zip(axes[0], TASKS, strict=True):
+    panels = [task for task in TASKS if has_runs(store, task)]
+    size = (4.5 * len(panels), 3.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], panels, strict=True):
         for algorithm in ALGORITHMS:
             run = rows.best(store, task, algorithm, seeds)
             lines = [store.line(task, replace(run, seed=seed)) for seed in seeds.main] if run else [None]
@@ -139,19 +145,25 @@ def plot(store: Store, seeds: Seeds, path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+def has_runs(store: Store, task: str) -> bool:
+    return any(json.loads(key)[0] == task for key in store.done)
+
+
 def results(store: Store, seeds: Seeds) -> str:
     """All tables as Markdown."""
     parts = []
     for task in TASKS:
-        parts += [f"### {task}", comparison(store, task, seeds), "Score by learning rate:"]
-        parts += [by_learning_rate(store, task, seeds)]
-        tables = {name: ablation(store, task, seeds, name) for name in ABLATIONS}
-        parts += [text for text in tables.values() if text]
-        missing = [name for name, text in tables.items() if text is None]
-        parts += [f"Not run on this task: {', '.join(missing)}."] if missing else []
-    seen = {(line["machine"], line["commit"]) for line in store.done.values()}
-    parts += [f"{len(store.done)} runs, on " + "; ".join(f"{m} at commit {c}" for m, c in sorted(seen)) + "."]
-    return "\n\n".join(parts)
+        parts += [f"### {task}"]
+        if not has_runs(store, task):
+            parts += ["Not run."]
+            continue
+        parts += [comparison(store, task, seeds), "Score by actor learning rate:", by_learning_rate(store, task, seeds)]
+        tables, missing = zip(*(ablation(store, task, seeds, name) for name in ABLATIONS), strict=True)
+        parts += filter(None, tables)
+        parts += [f"Not run on this task: {'; '.join(filter(None, missing))}."] if any(missing) else []
+    seen = Counter((line["machine"], line["commit"]) for line in store.done.values())
+    runs = [f"{count} on {machine} at commit {commit}" for (machine, commit), count in sorted(seen.items())]
+    return "\n\n".join([*parts, f"{len(store.done)} runs: {'; '.join(runs)}."])
 
 
 def write(store: Store, seeds: Seeds, document: Path) -> None:

@@ -84,6 +84,14 @@ class Task:
         is_right_RBN = tokens_RBL[..., self.answers :: self.stride] == self.right_tokens(tokens_RBL)
         return is_right_RBN, is_right_RBN.all(-1).float() if self.is_exact else is_right_RBN.float().mean(-1)
 
+    def admitted(self, tokens_RBL: Tensor, is_right_RBN: Tensor) -> Tensor:
+        """Share of the wrong answers whose remark says so (R,): what the text shows of the errors. 0 without remarks."""
+        remarks_RBN = tokens_RBL[..., self.answers + 1 :: self.stride]
+        if not self.is_checked:
+            return torch.zeros(len(tokens_RBL))
+        is_admitted_RBN = ~is_right_RBN & (remarks_RBN == WRONG)
+        return is_admitted_RBN.sum((1, 2)) / (~is_right_RBN).sum((1, 2)).clamp_min(1)
+
 
 @cache
 def _table(task: Task, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
