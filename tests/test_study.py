@@ -105,7 +105,7 @@ def test_the_grade_and_the_demonstrations_agree():
 
 
 def test_runs_with_unlike_critics_train_side_by_side():
-    """Each as it does alone: GRPO's rewards do not change with what else is in the stack."""
+    """One learns while the other's critics are pre-trained: its actor rests."""
     task = Task("", is_checked=True, **TINY)
     start = partial(tasks.starting_model, task)
     small = {"prompts": 2, "mini_batches": 1, "actor_lr": 1e-2}

@@ -26,7 +26,7 @@ class Run(Settings):
     seed: int = 0
     free_steps: int = 0  # steps of value pre-training before the run, not counted
     is_oracle: bool = False  # exact values instead of critics' (num_critics=0)
-    mask_by: str = "sigma"  # sigma, highest, random or entropy
+    mask_by: str = "sigma"  # sigma, highest, random or surprisal (of the drawn token)
     prompts: int = 32
     responses: int = 8
     mini_batches: int = 4
@@ -71,15 +71,15 @@ def keep(score_RBT: Tensor, is_response_RBT: Tensor, fractions: Sequence[float],
     return (rank_RN >= count_R[:, None]).view(score_RBT.shape)
 
 
-def mask_score(runs: Sequence[Run], sigma_RBT: Tensor, entropy_RBT: Tensor) -> Tensor:
+def mask_score(runs: Sequence[Run], sigma_RBT: Tensor, surprisal_RBT: Tensor) -> Tensor:
     """What the advantage mask ranks, for every run: sigma, or what takes its place."""
-    scores = {"sigma": sigma_RBT, "highest": sigma_RBT.max() - sigma_RBT, "entropy": entropy_RBT}
+    scores = {"sigma": sigma_RBT, "highest": -sigma_RBT, "surprisal": surprisal_RBT}
     scores["random"] = torch.rand_like(sigma_RBT)
     return torch.stack([scores[run.mask_by][row] for row, run in enumerate(runs)])
 
 
 def credit(
-    runs: Sequence[Run], rewards_RBT: Tensor, values_MRBT: Tensor, entropy_RBT: Tensor, is_response_RBT: Tensor
+    runs: Sequence[Run], rewards_RBT: Tensor, values_MRBT: Tensor, surprisal_RBT: Tensor, is_response_RBT: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, list[float]]]:
     """:func:`one_page.credit` of all runs; with no critics (M = 0) it is GRPO's. The metrics have a number for every run."""
     if len(values_MRBT) == 0:
@@ -93,13 +93,13 @@ def credit(
     metrics = {"explained_var": explained_variance(value_RBT, rewards_RBT, is_response_RBT).tolist()}
     if len(values_MRBT) == 1:
         return advantages_RBT, returns_RBT, is_response_RBT, metrics
-    keep_adv_RBT = keep(mask_score(runs, sigma_RBT, entropy_RBT), is_response_RBT, k, largest=False)
+    keep_adv_RBT = keep(mask_score(runs, sigma_RBT, surprisal_RBT), is_response_RBT, k, largest=False)
     keep_ent_RBT = keep(sigma_RBT, is_response_RBT, h, largest=True)
     size_RBT = advantages_RBT.abs() * is_response_RBT
     is_masked_RBT = is_response_RBT & ~keep_adv_RBT
     masked_R = (size_RBT * is_masked_RBT).sum((1, 2)) / is_masked_RBT.sum((1, 2)).clamp_min(1)
     kept_R = (size_RBT * keep_adv_RBT).sum((1, 2)) / (is_response_RBT & keep_adv_RBT).sum((1, 2))
-    metrics |= {"sigma": sigma_RBT.mean((1, 2)).tolist(), "masked_to_kept": (masked_R / kept_R).tolist()}
+    metrics |= {"masked_to_kept": (masked_R / kept_R).tolist()}
     return asyppo.mask_advantage(advantages_RBT, keep_adv_RBT), returns_RBT, keep_ent_RBT, metrics
 
 
@@ -229,7 +229,7 @@ class Trainer:
             for part in self.mini_batches():
                 for critics in self.critics:
                     critics.update(part, *(batch[name] for name in ("tokens", "is_response", "returns")))
-        for _ in range(self.first.epochs):
+        for _ in range(self.first.epochs if self.steps >= 0 else 0):  # before the run only the critics learn
             for part in self.mini_batches():
                 self.update_actors({name: x[:, part] for name, x in batch.items()})
         return metrics

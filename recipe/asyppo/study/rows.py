@@ -118,7 +118,7 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
             f"M={m} of {size[0]} x {size[1]}": replace(run, num_critics=m, critic_size=size)
             for m, size in ((2, (32, 2)), (1, (32, 2)), (4, (32, 2)), (1, (48, 2)), (4, (16, 2)))
         },
-        "mask_by": {by: replace(masked, mask_by=by) for by in ("sigma", "highest", "random", "entropy")}
+        "mask_by": {by: replace(masked, mask_by=by) for by in ("sigma", "highest", "random", "surprisal")}
         | {"no mask": bare},
         "lambdas": {
             f"lam={lam} critic_lam={critic_lam}": replace(run, lam=lam, critic_lam=critic_lam)

@@ -1,8 +1,8 @@
 """The study's tasks: answer every symbol of a prompt with its digit. What a critic can see of it differs.
 
-A prompt is n symbols, each drawn from a few hundred; the response answers them one after the other with one of ten digits.
+A prompt is n symbols, each drawn from a thousand or two; the response answers them one after the other with one of ten digits.
 Every symbol has one right digit. The actor starts from demonstrations that give it with a probability of the symbol's own, and
-one certain wrong digit otherwise: hundreds of habits to correct, one by one, from a grade that comes after the last token.
+one certain wrong digit otherwise: a thousand habits to correct, one by one, from a grade that comes after the last token.
 
 * ``checked``: each answer is followed by a remark, right or wrong, as a model that doubts its own step writes it. The
   demonstrations' remarks are true, so a critic sees every error in the text without knowing a single answer.
