@@ -60,7 +60,8 @@ def run_row(row: str, store: Store, seeds: Seeds, *, stack: int, has_time: Calla
                     runs,
                     start,
                     steps=store.steps,
-                    may_go_on=lambda step, bar=bar: (bar.update(step > 0), has_time())[1],
+                    may_go_on=has_time,
+                    progress=bar.update,
                 )
             save(store, name, runs, history, (time.perf_counter() - began) / len(runs))
             if len(history) < store.steps:

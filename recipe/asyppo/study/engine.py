@@ -249,16 +249,23 @@ class Trainer:
 
 
 def train(
-    task: Task, runs: Sequence[Run], start: Start, *, steps: int, may_go_on: Callable[[int], bool] = lambda step: True
+    task: Task,
+    runs: Sequence[Run],
+    start: Start,
+    *,
+    steps: int,
+    may_go_on: Callable[[], bool] = lambda: True,
+    progress: Callable[[], object] = lambda: None,
 ) -> list[list[dict[str, float]]]:
     """Train all runs at once; returns the metrics by step and run, up to the step before which ``may_go_on`` said no."""
     torch.manual_seed(runs[0].seed)
     trainer, history = Trainer(task, runs, start), []
     for step in range(-runs[0].free_steps, steps):
-        if not may_go_on(step):
+        if not may_go_on():
             break
         trainer.steps = step
         metrics = trainer.step()
         if step >= 0:
             history.append(metrics)
+            progress()
     return history

@@ -81,7 +81,7 @@ def mean_metric(store: Store, task: str, run: Run, seeds: Seeds, metric: str) ->
 def comparison(store: Store, task: str, seeds: Seeds) -> str:
     """Every algorithm at its tuned setting, on the main seeds, against GRPO seed by seed."""
     tuned = {algorithm: rows.best(store, task, algorithm, seeds) for algorithm in ALGORITHMS}
-    scores = {a: run and store.scores(task, run, seeds.main) for a, run in tuned.items()}
+    scores = {a: store.scores(task, run, seeds.main) if run else None for a, run in tuned.items()}
     body = [
         [
             algorithm,
@@ -132,9 +132,9 @@ def plot(store: Store, seeds: Seeds, path: Path) -> None:
     for axis, task in zip(axes[0], panels, strict=True):
         for algorithm in ALGORITHMS:
             run = rows.best(store, task, algorithm, seeds)
-            lines = [store.line(task, replace(run, seed=seed)) for seed in seeds.main] if run else [None]
-            if None in lines:
+            if run is None or store.scores(task, run, seeds.main) is None:
                 continue
+            lines = [store.done[rows.key(task, replace(run, seed=seed))] for seed in seeds.main]
             curve = [fmean(step) for step in zip(*(line["curve"][: store.steps] for line in lines), strict=True)]
             smooth = [fmean(curve[max(0, i - 1) : i + 1]) for i in range(len(curve))]
             axis.plot([run.prompts * run.responses * (i + 1) for i in range(len(curve))], smooth, label=algorithm)

@@ -57,12 +57,13 @@ class Store:
     def score(self, task: str, run: Run) -> float | None:
         """Mean reward in the last fifth of the steps that are asked for; None for a run that is not there."""
         line = self.line(task, run)
-        return line and fmean(line["curve"][self.steps - max(1, self.steps // 5) : self.steps])
+        return None if line is None else fmean(line["curve"][self.steps - max(1, self.steps // 5) : self.steps])
 
     def scores(self, task: str, setting: Run, seeds: Iterable[int]) -> list[float] | None:
         """Scores of a setting by seed; None if one is missing."""
         scores = [self.score(task, replace(setting, seed=seed)) for seed in seeds]
-        return None if None in scores else scores
+        there = [score for score in scores if score is not None]
+        return there if len(there) == len(scores) else None
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,9 @@ def grid(algorithm: str) -> list[Run]:
 
 def best(store: Store, task: str, algorithm: str, seeds: Seeds) -> Run | None:
     """The setting with the highest mean score on the tuning seeds; None before they are there."""
-    scores = {run: store.scores(task, run, seeds.tuning) for run in grid(algorithm)}
-    if None in scores.values():
-        return None
-    return max(scores, key=lambda run: fmean(scores[run]))
+    settings = grid(algorithm)
+    scores = {run: fmean(found) for run in settings if (found := store.scores(task, run, seeds.tuning))}
+    return max(scores, key=scores.__getitem__) if len(scores) == len(settings) else None
 
 
 def ablations(run: Run) -> dict[str, dict[str, Run]]:
@@ -150,8 +150,9 @@ def runs_of(row: str, store: Store, seeds: Seeds) -> tuple[str, list[Run]]:
     if name == "tuning":
         return task, with_seeds([run for algorithm in LEARNED for run in grid(algorithm)], seeds.tuning)
     algorithms = LEARNED if name == "main" else ("asyppo",)
-    tuned = [best(store, task, algorithm, seeds) for algorithm in algorithms]
-    if None in tuned:
+    found = [best(store, task, algorithm, seeds) for algorithm in algorithms]
+    tuned = [run for run in found if run is not None]
+    if len(tuned) < len(found):
         raise ValueError(f"row {row!r} needs tuning-{task} first")
     if name == "main":
         return task, with_seeds(tuned, seeds.main)
