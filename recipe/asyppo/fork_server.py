@@ -127,10 +127,8 @@ def become(request: Mapping[str, Any], files: list[int]) -> None:
     """Take over the client's files, environment, folder and number of threads; random numbers are this process's own."""
     import numpy
 
-    # Out of the way first: a file's number here may be that of another one there.
-    os.closerange(3, min(files))
+    # Out of the way first: a file's number here may be that of another one there. What libraries have open stays, as NVML's.
     spare = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]
-    os.closerange(3, max(files) + 1)
     for file, number in zip(spare, request["numbers"], strict=True):
         os.dup2(file, number)
         os.close(file)
