@@ -58,7 +58,7 @@ ALLOWED = {
     "plugin": (set(), {"hooks"}),
     "export": ({"torch", "transformers", "verl"}, {"checkpoint"}),
     "doctor": ({"hydra", "ray", "verl"}, {"config", "critic_settings", "preflight"}),
-    "cpu": ({"torch", "numpy", "psutil", "ray", "wrapt", "verl", "vllm"}, {"cpu"}),
+    "cpu": ({"torch", "psutil", "ray", "wrapt", "verl", "vllm"}, {"cpu"}),
 }
 
 

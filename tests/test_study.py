@@ -104,7 +104,7 @@ def test_runs_with_unlike_critics_train_side_by_side():
     """Each as it does alone: GRPO's rewards do not change with what else is in the stack."""
     task = Task("", is_checked=True, **TINY)
     start = partial(tasks.starting_model, task)
-    small = {"prompts": 2, "actor_lr": 1e-2}
+    small = {"prompts": 2, "mini_batches": 1, "actor_lr": 1e-2}
     both = [Run(num_critics=0, **small), Run(num_critics=2, critic_size=(16, 1), critic_warmup=9, seed=1, **small)]
     history = engine.train(task, both, start, steps=3)
     assert "explained_var" in history[0][1] and "explained_var" not in history[0][0] and len(history) == 3
@@ -129,9 +129,10 @@ def study(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "TASKS", tasks.TASKS)
     monkeypatch.setattr(report, "TASKS", tasks.TASKS)
     for name, algorithm in rows.ALGORITHMS.items():
-        small = replace(algorithm, prompts=2, responses=4, critic_size=(16, 1))
+        small = replace(algorithm, prompts=2, responses=4, mini_batches=1, critic_size=(16, 1 + (name == "ppo")))
         monkeypatch.setitem(rows.ALGORITHMS, name, small)
     monkeypatch.setattr(rows, "ACTOR_LRS", (1e-3, 2e-3))
+    monkeypatch.setattr(rows, "LEARNED_LRS", (1e-3, 2e-3))
     monkeypatch.setattr(rows, "CRITIC_LRS", (1e-3,))
     monkeypatch.setattr(rows, "WARMUPS", (0,))
     document = tmp_path / "study.md"

@@ -10,8 +10,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -50,23 +51,29 @@ def run_row(row: str, store: Store, seeds: Seeds, *, stack: int, has_time: Calla
     task = tasks.TASKS[name]
     missing = sorted((run for run in needed if store.line(name, run) is None), key=engine.kind)
     start = partial(starting_model, task, store.path.parent)
-    for first in range(0, len(missing), stack):
-        runs, began = missing[first : first + stack], time.perf_counter()
-        with tqdm(total=store.steps, desc=f"{row} {first + len(runs)}/{len(missing)}", mininterval=2) as bar:
-            history = engine.train(
-                task, runs, start, steps=store.steps, may_go_on=lambda step, bar=bar: bar.update(step > 0) or has_time()
-            )
-        if history is None:
-            return False
-        share = (time.perf_counter() - began) / len(runs)
-        for index, run in enumerate(runs):
-            curve = [step[index]["reward"] for step in history]
-            others = sorted(set(history[0][index]) - {"reward"})
-            tenth = max(1, store.steps // 10)
-            metrics = {m: [round(step[index][m], 4) for step in history[tenth - 1 :: tenth]] for m in others}
-            facts = {"metrics": metrics, "seconds": round(share, 2), "machine": machine(), "commit": commit()}
-            store.add(name, run, curve, **facts)
+    for alike in [list(group) for _, group in groupby(missing, lambda run: run.free_steps)]:
+        for first in range(0, len(alike), stack):
+            runs, began = alike[first : first + stack], time.perf_counter()
+            with tqdm(total=store.steps, desc=f"{row}: {len(runs)} of {len(missing)} runs", mininterval=2) as bar:
+                history = engine.train(
+                    task,
+                    runs,
+                    start,
+                    steps=store.steps,
+                    may_go_on=lambda step, bar=bar: bar.update(step > 0) or has_time(),
+                )
+            save(store, name, runs, history, (time.perf_counter() - began) / len(runs))
+            if len(history) < store.steps:
+                return False
     return True
+
+
+def save(store: Store, task: str, runs: Sequence[engine.Run], history: list[list[dict]], seconds: float) -> None:
+    """A line for every run, also of those that were stopped: their beginning may be all that a row needs."""
+    for index, run in enumerate(runs if history else []):
+        series = {metric: [round(step[index][metric], 4) for step in history] for metric in history[0][index]}
+        facts = {"seconds": round(seconds, 2), "machine": machine(), "commit": commit()}
+        store.add(task, run, series.pop("reward"), metrics=series, **facts)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="show the rows and how far they are")
     parser.add_argument("--seeds", type=int, default=6, help="seeds that are reported")
     parser.add_argument("--tuning-seeds", type=int, default=2, help="other seeds that choose the learning rates")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=25, help="of 256 responses")
     parser.add_argument("--stack", type=int, default=192, help="runs at once")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -21,9 +21,10 @@ from recipe.asyppo.study.tasks import Task
 
 @dataclass(frozen=True)
 class Run(Settings):
-    """One run. Runs that train together have ``prompts`` to ``entropy_coeff`` in common, and are sorted by :func:`kind`."""
+    """One run. Runs that train together share ``free_steps`` and ``prompts`` to ``entropy_coeff``, sorted by :func:`kind`."""
 
     seed: int = 0
+    free_steps: int = 0  # steps of value pre-training before the run, not counted
     is_oracle: bool = False  # exact values instead of critics' (num_critics=0)
     mask_by: str = "sigma"  # sigma, highest, random or entropy
     prompts: int = 32
@@ -177,7 +178,7 @@ class Critics:
 
 def kind(run: Run) -> tuple:
     """What runs must have in common for their critics to be stacked."""
-    return run.num_critics, run.critic_size, run.is_oracle
+    return run.free_steps, run.num_critics, run.critic_size, run.is_oracle
 
 
 class Trainer:
@@ -229,7 +230,6 @@ class Trainer:
         for _ in range(self.first.epochs):
             for part in self.mini_batches():
                 self.update_actors({name: x[:, part] for name, x in batch.items()})
-        self.steps += 1
         return metrics
 
     def mini_batches(self) -> tuple[Tensor, ...]:
@@ -248,12 +248,15 @@ class Trainer:
 
 def train(
     task: Task, runs: Sequence[Run], start: Start, *, steps: int, may_go_on: Callable[[int], bool] = lambda step: True
-) -> list[list[dict[str, float]]] | None:
-    """Train all runs at once; returns the metrics by step and run, or None if ``may_go_on`` said no before a step."""
+) -> list[list[dict[str, float]]]:
+    """Train all runs at once; returns the metrics by step and run, up to the step before which ``may_go_on`` said no."""
     torch.manual_seed(runs[0].seed)
     trainer, history = Trainer(task, runs, start), []
-    for step in range(steps):
+    for step in range(-runs[0].free_steps, steps):
         if not may_go_on(step):
-            return None
-        history.append(trainer.step())
+            break
+        trainer.steps = step
+        metrics = trainer.step()
+        if step >= 0:
+            history.append(metrics)
     return history

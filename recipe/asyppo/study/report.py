@@ -69,10 +69,11 @@ def setting(run: Run | None, algorithm: str) -> str:
 
 
 def mean_metric(store: Store, task: str, run: Run, seeds: Seeds, metric: str) -> str:
-    """A metric at the end of the run, averaged over the seeds; a dash where there is none."""
+    """A metric over the last fifth of the run, averaged over the seeds; a dash where there is none."""
     lines = [store.line(task, replace(run, seed=seed)) for seed in seeds.main]
     series = [line["metrics"].get(metric) for line in lines if line]
-    return f"{fmean(numbers[-1] for numbers in series):.2f}" if series and all(series) else "-"
+    fifth = slice(store.steps - max(1, store.steps // 5), store.steps)
+    return f"{fmean(fmean(numbers[fifth]) for numbers in series):.2f}" if series and all(series) else "-"
 
 
 def comparison(store: Store, task: str, seeds: Seeds) -> str:
@@ -128,8 +129,8 @@ def plot(store: Store, seeds: Seeds, path: Path) -> None:
             lines = [store.line(task, replace(run, seed=seed)) for seed in seeds.main] if run else [None]
             if None in lines:
                 continue
-            curve = [fmean(step) for step in zip(*(line["curve"] for line in lines), strict=True)]
-            smooth = [fmean(curve[max(0, i - 4) : i + 1]) for i in range(len(curve))]
+            curve = [fmean(step) for step in zip(*(line["curve"][: store.steps] for line in lines), strict=True)]
+            smooth = [fmean(curve[max(0, i - 1) : i + 1]) for i in range(len(curve))]
             axis.plot([run.prompts * run.responses * (i + 1) for i in range(len(curve))], smooth, label=algorithm)
         axis.set(title=task, xlabel="responses", ylim=(0, 1))
     axes[0, 0].set_ylabel("reward")

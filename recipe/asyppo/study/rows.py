@@ -14,8 +14,9 @@ from recipe.asyppo.study.engine import Run
 from recipe.asyppo.study.tasks import TASKS, Task
 
 ACTOR_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
+LEARNED_LRS = (5e-4, 1e-3)  # with critics; the others were too slow or broke, with the oracle as with GRPO
 CRITIC_LRS = (1e-3, 3e-3)
-WARMUPS = (0, 20)  # steps of value pre-training, out of the same budget
+WARMUPS = (0, 5)  # steps of value pre-training, out of the same budget
 ALGORITHMS = {
     "grpo": Run(num_critics=0),
     "oracle": Run(num_critics=0, is_oracle=True),
@@ -28,13 +29,13 @@ WITHOUT_CRITICS = ("grpo", "oracle", "oracle lam=0")
 LEARNED = ("ppo", "ppo_small_critic", "asyppo")
 
 
-def key(task: str, run: Run, steps: int) -> str:
+def key(task: str, run: Run) -> str:
     """One text for one run: all its settings."""
-    return json.dumps([task, steps, asdict(run)], sort_keys=True)
+    return json.dumps([task, asdict(run)], sort_keys=True)
 
 
 class Store:
-    """The finished runs of a folder, a JSON line each."""
+    """The runs of a folder, a JSON line each. A long one holds a short one as its beginning: learning rates are constant."""
 
     def __init__(self, folder: Path, *, steps: int) -> None:
         self.path, self.steps = folder / "runs.jsonl", steps
@@ -43,18 +44,20 @@ class Store:
         self.done = {line["key"]: line for line in map(json.loads, lines)}
 
     def add(self, task: str, run: Run, curve: Sequence[float], **facts: object) -> None:
-        line = {"key": key(task, run, self.steps), "curve": [round(reward, 4) for reward in curve], **facts}
+        line = {"key": key(task, run), "curve": [round(reward, 4) for reward in curve], **facts}
         self.done[line["key"]] = line
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def line(self, task: str, run: Run) -> dict | None:
-        return self.done.get(key(task, run, self.steps))
+        """The run's line, if it has as many steps as are asked for."""
+        line = self.done.get(key(task, run))
+        return line if line and len(line["curve"]) >= self.steps else None
 
     def score(self, task: str, run: Run) -> float | None:
-        """Mean reward in the last fifth of the steps; None for a run that is not there."""
+        """Mean reward in the last fifth of the steps that are asked for; None for a run that is not there."""
         line = self.line(task, run)
-        return line and fmean(line["curve"][-max(1, self.steps // 5) :])
+        return line and fmean(line["curve"][self.steps - max(1, self.steps // 5) : self.steps])
 
     def scores(self, task: str, setting: Run, seeds: Iterable[int]) -> list[float] | None:
         """Scores of a setting by seed; None if one is missing."""
@@ -77,7 +80,7 @@ def grid(algorithm: str) -> list[Run]:
         return [replace(base, actor_lr=lr) for lr in ACTOR_LRS]
     return [
         replace(base, actor_lr=lr, critic_lr=critic_lr, critic_warmup=warmup)
-        for lr, critic_lr, warmup in product(ACTOR_LRS, CRITIC_LRS, WARMUPS)
+        for lr, critic_lr, warmup in product(LEARNED_LRS, CRITIC_LRS, WARMUPS)
     ]
 
 
@@ -93,13 +96,19 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
     """Variants of a tuned AsyPPO run, by row and name; the first of a row is what the others are compared with."""
     shares = (0.0, 0.05, 0.2, 0.4)
     masked = replace(run, entropy_filter_fraction=0.0)
+    bare = replace(masked, adv_mask_fraction=0.0)
     kh = {
         f"k={k} h={h}": replace(run, adv_mask_fraction=k, entropy_filter_fraction=h) for k, h in product(shares, shares)
     }
     return {
+        "pretraining": {
+            f"{algorithm}, {steps} steps before": replace(base, critic_warmup=0, free_steps=steps)
+            for steps in (0, 100, 25, 400)
+            for algorithm, base in (("asyppo", run), ("masks off", bare))
+        },
         "masks": {
             "both": run,
-            "masks off": replace(run, adv_mask_fraction=0.0, entropy_filter_fraction=0.0),
+            "masks off": bare,
             "mask alone": masked,
             "filter alone": replace(run, adv_mask_fraction=0.0),
         },
@@ -110,12 +119,12 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
             for m, size in ((2, (32, 2)), (1, (32, 2)), (4, (32, 2)), (1, (48, 2)), (4, (16, 2)))
         },
         "mask_by": {by: replace(masked, mask_by=by) for by in ("sigma", "highest", "random", "entropy")}
-        | {"no mask": replace(masked, adv_mask_fraction=0.0)},
+        | {"no mask": bare},
         "lambdas": {
             f"lam={lam} critic_lam={critic_lam}": replace(run, lam=lam, critic_lam=critic_lam)
             for lam, critic_lam in ((0.95, 1.0), (0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (1.0, 1.0), (0.95, 0.95))
         },
-        "pretraining": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 5, 10, 20, 40, 60)},
+        "warmup": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 2, 5, 10)},
         "critic_size": {
             f"{width} x {layers}": replace(run, critic_size=(width, layers))
             for width, layers in ((32, 2), (16, 1), (16, 2), (48, 2), (64, 3))
