@@ -99,8 +99,12 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                     line = lines.readline()
                 pid = os.fork() if line else None  # a client that was killed asks for nothing
                 if pid == 0:
-                    for source in [*(key.fileobj for key in selector.get_map().values()), selector, client]:
-                        os.close(source) if isinstance(source, int) else source.close()
+                    for _, end, other in {key.data for key in selector.get_map().values() if key.data}:
+                        os.close(end)
+                        other.close()
+                    selector.close()
+                    listener.close()
+                    client.close()
                     return json.loads(line), files
                 for file in files:
                     os.close(file)
@@ -110,7 +114,8 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 end = os.pidfd_open(pid)
                 for source in (client, end):
                     selector.register(source, selectors.EVENT_READ, (pid, end, client))
-                client.sendall(b"%d\n" % pid)
+                with contextlib.suppress(OSError):
+                    client.sendall(b"%d\n" % pid)
             elif key.fileobj in selector.get_map():
                 pid, end, client = key.data
                 if key.fileobj is client:  # which says nothing more: it has been killed
@@ -119,7 +124,7 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 for source in (client, end):
                     selector.unregister(source)
                 os.close(end)
-                with client, contextlib.suppress(BrokenPipeError):
+                with client, contextlib.suppress(OSError):  # it may be gone
                     client.sendall(b"%d\n" % code)
 
 
@@ -166,8 +171,7 @@ def run(arguments: list[str]) -> None:
     else:
         sys.argv, sys.path[0], name = arguments, os.path.dirname(os.path.abspath(arguments[0])), arguments[0]
         source, main.__file__ = Path(name).read_text(), name
-    main.__builtins__ = __builtins__
-    exec(compile(source, name, "exec"), main.__dict__)
+    exec(compile(source, name, "exec"), vars(main))
 
 
 def has_started_cuda() -> bool:

@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -45,7 +46,7 @@ def build_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+def build_model(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 of a shape such as those in :data:`SIZES`."""
     torch.manual_seed(seed)
     config = {
@@ -58,7 +59,7 @@ def build_model(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, se
         "pad_token_id": tokenizer.pad_token_id,
         "architectures": ["Qwen3ForCausalLM"],
     }
-    return Qwen3ForCausalLM(Qwen3Config(**config | shape))
+    return Qwen3ForCausalLM(Qwen3Config(**{**config, **shape}))
 
 
 def problems(rng: random.Random, count: int) -> list[tuple[str, str]]:
