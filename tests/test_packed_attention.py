@@ -20,6 +20,12 @@ def test_bounds_by_hand():
     assert bounds["max_length_q"] == bounds["max_length_k"] == 4
 
 
+@pytest.mark.parametrize("slice_T", [[3, 4, 0, 1], [3, 4]])
+def test_a_slice_of_the_sequences_is_refused(slice_T):
+    with pytest.raises(ValueError, match=r"begin at 3.*torch_packed.*ulysses_sequence_parallel_size=1"):
+        packed_attention.bounds_of(torch.tensor([slice_T]))
+
+
 def by_definition(query_BHTD, key_BHTD, value_BHTD, scaling):
     """softmax(q k / sqrt(d)) v, token by token, over the tokens of its sequence up to itself."""
     output = torch.zeros_like(query_BHTD)
@@ -63,11 +69,14 @@ def test_on_a_gpu_it_is_one_call_of_torchs_kernel(monkeypatch):
     assert output.shape == (2, 6, 4, 128) and output.dtype == torch.bfloat16
 
 
-def test_what_it_does_not_have_is_refused():
-    heads = torch.randn(2, 2, 6, 8)
-    with pytest.raises(ValueError, match=r"torch_packed has no sliding_window.*attn_implementation=sdpa"):
+@pytest.mark.parametrize(
+    ("name", "value"), [("sliding_window", 4), ("s_aux", torch.zeros(2)), ("s_aux", torch.zeros(1))]
+)
+def test_what_it_does_not_have_is_refused(name, value):
+    heads, asked = torch.randn(2, 2, 6, 8), {"dropout": 0.0, "s_aux": None, name: value}
+    with pytest.raises(ValueError, match=rf"torch_packed has no {name},.*attn_implementation=sdpa"):
         packed_attention.packed_attention(
-            None, heads, heads, heads, None, scaling=1.0, position_ids=POSITIONS_BT, sliding_window=4, dropout=0.0
+            None, heads, heads, heads, None, scaling=1.0, position_ids=POSITIONS_BT, **asked
         )
 
 
