@@ -136,6 +136,14 @@ def test_the_critics_tokens_and_the_rollouts_length_are_those_of_the_variables(r
     assert config.actor_rollout_ref.rollout.max_model_len == 300
 
 
+@pytest.mark.parametrize(
+    ("variables", "compiles"), [("", True), ("CRITIC_SP=2", False), ("CRITIC_SP=2 COMPILE_CRITICS=True", True)]
+)
+def test_critics_are_not_compiled_under_sequence_parallelism_unless_asked(root, toy, tmp_path, variables, compiles):
+    env = environment(root, toy, **dict(pair.split("=") for pair in variables.split()))
+    assert f"+asyppo.compile_critics={compiles}" in command_of(root, "4b", tmp_path, env)
+
+
 @pytest.mark.parametrize(("nodes", "fsdp_size"), [("1", -1), ("2", 8)])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_critic_is_sharded_inside_a_node(root, toy, tmp_path, size, nodes, fsdp_size):

@@ -76,6 +76,8 @@ CRITIC_TOKENS=${CRITIC_TOKENS:-36864}
 GAE=(algorithm.adv_estimator=gae +critic.ppo_infer_max_token_len_per_gpu="$CRITIC_TOKENS")
 case $ALGO in
     asyppo)
+        # Compiled critics were tried with whole sequences only.
+        if [ "${CRITIC_SP:-1}" -gt 1 ]; then COMPILE_CRITICS=${COMPILE_CRITICS:-False}; fi
         ALGORITHM=(
             algorithm.adv_estimator=asyppo
             +asyppo.num_critics="${NUM_CRITICS:-2}"
