@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -44,7 +45,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 of a shape such as those in :data:`SIZES`."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    return Qwen3ForCausalLM(model_config(shape, tokenizer))
+
+
+def model_config(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Qwen3Config:
+    """The configuration of a model of this shape, with further settings of Qwen3."""
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         head_dim=32,
         num_key_value_heads=shape["num_attention_heads"],
@@ -54,8 +60,8 @@ def build_model(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, se
         pad_token_id=tokenizer.pad_token_id,
         architectures=["Qwen3ForCausalLM"],
         **shape,
+        **settings,
     )
-    return Qwen3ForCausalLM(config)
 
 
 def problems(rng: random.Random, count: int) -> list[tuple[str, str]]:
@@ -117,11 +123,15 @@ def pretrain(
 
 def write_data(folder: Path, *, seed: int, train: int = 6000, test: int = 256) -> None:
     """Training and test problems, disjoint, in verl's parquet schema."""
-    pairs = problems(random.Random(seed), train + test)
-    for name, part in (("train", pairs[:train]), ("test", pairs[train:])):
+    write_pairs(folder, "toy_addition", problems(random.Random(seed), train + test), test=test)
+
+
+def write_pairs(folder: Path, source: str, pairs: list[tuple[str, str]], *, test: int) -> None:
+    """Prompts and answers as ``train.parquet`` and, the last ``test`` of them, ``test.parquet``."""
+    for name, part in (("train", pairs[:-test]), ("test", pairs[-test:])):
         rows = [
             {
-                "data_source": "toy_addition",
+                "data_source": source,
                 "prompt": [{"role": "user", "content": prompt}],
                 "ability": "math",
                 "reward_model": {"style": "rule", "ground_truth": answer},
