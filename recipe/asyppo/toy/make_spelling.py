@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import random
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForTokenClassification
+from transformers.utils.logging import disable_progress_bar
 
 from recipe.asyppo.toy.make_toy import SIZES, build_tokenizer, model_config, write_pairs
 
@@ -66,7 +68,7 @@ class Spelling:
         return is_end.cumsum(1) - is_end.long() == 0
 
 
-def optimize(model: nn.Module, steps: int, name: str = "", *, lr: float = 2e-3):
+def optimize(model: nn.Module, steps: int, name: str = "", *, lr: float = 2e-3) -> Iterator[Callable[[Tensor], None]]:
     """Yield a function that makes an optimizer step on a loss, for so many steps; the learning rate rises, then falls to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     for step in tqdm(range(steps), desc=name, mininterval=1, disable=not name):
@@ -137,14 +139,18 @@ def make_critic(folder: Path, index: int, settings: Settings) -> float:
     return float(rewards.mean())
 
 
+def _be_quiet() -> None:
+    # One thread each: threads that wait for each other take ten times as long beside another program.
+    torch.set_num_threads(1)
+    disable_progress_bar()
+
+
 def make(folder: Path, settings: Settings) -> None:
     """Write ``actor/``, ``critic/``, ``critic_1/``, ``train.parquet`` and ``test.parquet``; all or nothing."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    # One thread each: threads that wait for each other take ten times as long beside another program.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(2, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork"), _be_quiet) as pool:
         pool.submit(make_actor, partial, settings).result()
         rewards = list(pool.map(make_critic, [partial] * 2, range(2), [settings] * 2))
     pairs = Spelling(build_tokenizer()).pairs
