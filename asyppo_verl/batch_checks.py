@@ -14,6 +14,12 @@ TIED = 0.1
 STEPS_WITHOUT_UPDATE = 3
 """Steps in a row in which a critic may make no finite update."""
 
+STEPS_TO_LEARN = 50
+"""Steps after which critics that explain nothing are worth a warning."""
+
+EXPLAINS_NOTHING = 0.02
+"""Explained variance of the mean value, over these steps, that no critic is worth having for."""
+
 
 def check_rollouts(keys: Sequence[str], step: int) -> None:
     """Raise ValueError if no rollout gave a row."""
@@ -85,3 +91,21 @@ def warn_of_ties(share: float, step: int) -> bool:
             "(asyppo.critic_overrides.<m>.model.path), asyppo.shard=group"
         )
     return share > TIED
+
+
+def warn_of_blind_critics(explained: Sequence[float], step: int) -> bool:
+    """Warn if the ensemble explained nothing for many steps while its disagreement masks tokens; True if so.
+
+    Args:
+        explained: its explained variance in the last steps, with :data:`STEPS_TO_LEARN` of them or fewer.
+        step: the last of them.
+    """
+    is_blind = len(explained) >= STEPS_TO_LEARN and sum(explained) / len(explained) < EXPLAINS_NOTHING
+    if is_blind:
+        logger.warning(
+            f"steps {step - len(explained) + 1} to {step}: the critics explain nothing of the returns (mean of "
+            f"asyppo/explained_var {sum(explained) / len(explained):.3f}), so the masks follow noise. Train the critics first "
+            "(trainer.critic_warmup), on more responses (asyppo.shard=none), more often (critic.ppo_epochs=4), or take "
+            "larger ones; or switch the masks off (asyppo.adv_mask_fraction=0 asyppo.entropy_filter_fraction=0)"
+        )
+    return is_blind

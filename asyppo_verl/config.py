@@ -154,6 +154,10 @@ class AsyPPOConfig:
     pool: CriticPool = dataclasses.field(default_factory=CriticPool)
     """The critics' own GPUs, for "pool" and "split": ``{n_gpus_per_node: 4, nnodes: 1}``."""
 
+    compile_critics: bool = False
+    """Compile the critics' layers with torch.compile: the same values and gradients up to rounding, sooner; the first steps
+    take longer (ours)."""
+
     inspect: Inspect = dataclasses.field(default_factory=Inspect)
     """Keep some prompts of some steps token by token, for the report: ``{every: 50, groups: 2}``. Off by default (ours)."""
 
@@ -184,6 +188,8 @@ class AsyPPOConfig:
             raise ValueError(f"asyppo.critic_lam={self.critic_lam} must lie in [0, 1]; 1 is the Monte-Carlo return")
         if self.shard not in ("group", "prompt", "none"):
             raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
+        if not isinstance(self.compile_critics, bool):
+            raise ValueError(f"asyppo.compile_critics={self.compile_critics!r} must be true or false")
         check_known("asyppo.placement", self.placement, PLACEMENTS)
         self._check_overrides()
 

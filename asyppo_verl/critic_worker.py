@@ -23,7 +23,7 @@ from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
 
-from asyppo_verl import value_model
+from asyppo_verl import packed_attention, value_model
 from asyppo_verl.checkpoint import Model, check_critics, check_files, critic_folders
 
 CRITIC_ID = "asyppo_critic_id"
@@ -94,7 +94,9 @@ def worker_config(node: DictConfig) -> TrainingWorkerConfig:
     )
 
 
-def ensemble_worker_class(specs: Sequence[MiniCriticSpec], *, split: bool = False) -> type["MiniCriticEnsembleWorker"]:
+def ensemble_worker_class(
+    specs: Sequence[MiniCriticSpec], *, split: bool = False, compiles: bool = False
+) -> type["MiniCriticEnsembleWorker"]:
     """A worker class that carries its specs: verl hands a critic worker one configuration, and we need M.
 
     Made anew at every call, so that Ray ships it by value; attributes set on an importable class would be lost.
@@ -102,9 +104,10 @@ def ensemble_worker_class(specs: Sequence[MiniCriticSpec], *, split: bool = Fals
     Args:
         specs: one per mini-critic.
         split: the ranks are dealt to the critics in equal runs, instead of every critic spanning all of them.
+        compiles: the critics' layers are compiled.
     """
-    shares = len(specs) if split else 1
-    return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), {"specs": tuple(specs), "shares": shares})
+    own = {"specs": tuple(specs), "shares": len(specs) if split else 1, "compiles": compiles}
+    return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), own)
 
 
 def share_groups(group: RayWorkerGroup, shares: int) -> list[RayWorkerGroup]:
@@ -126,9 +129,13 @@ class MiniCritic(TrainingWorker):
     _step_sizes: Iterator[int] | None = None
 
     def reset(self) -> None:
-        """Build the model, its head in float32."""
+        """Build the model, its head in float32; it looks once for the bounds of packed sequences."""
         super().reset()
-        value_model.use_float32_head(self.engine.module)
+        module, engine = self.engine.module, self.engine_config
+        value_model.use_float32_head(module)
+        is_whole = engine.ulysses_sequence_parallel_size == 1  # otherwise a rank sees a part of each sequence
+        if engine.use_remove_padding and is_whole and packed_attention.wants_bounds(module):
+            packed_attention.find_bounds_once(module)
 
     def train(self, data: TensorDict, responses: Sequence[Sequence[int]] | None) -> TensorDict | None:
         """verl's ``train_mini_batch`` on rows of which ``responses[i][r]`` of rank r in step i are no fillers (None: all)."""
@@ -184,6 +191,8 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
     specs: tuple[MiniCriticSpec, ...] = ()
     shares: int = 1
     """Into how many equal runs the ranks are dealt: 1, or one per critic."""
+    compiles: bool = False
+    """Whether the critics' layers are compiled."""
 
     def __init__(self, config: Any = None) -> None:
         Worker.__init__(self)
@@ -206,6 +215,8 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.specs[index].head_seed)
                 critic.reset()
+            if self.compiles:
+                value_model.compile_layers(critic.engine.module)
             _name_architecture(critic.engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

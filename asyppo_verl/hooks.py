@@ -29,6 +29,7 @@ def activate() -> None:
         ("verl.workers.rollout.vllm_rollout.vllm_async_server", _rename_receiver),
     ):
         wrapt.register_post_import_hook(_on_supported_verl(hook), name)
+    wrapt.register_post_import_hook(_offer_attention, "transformers.modeling_utils")
     if cpu.is_selected():
         from asyppo_verl.cpu import platform
 
@@ -101,6 +102,12 @@ def _rename_receiver(vllm_async_server: Any) -> None:
     from asyppo_verl import weight_sockets
 
     weight_sockets.install_receiver(vllm_async_server)
+
+
+def _offer_attention(modeling_utils: Any) -> None:
+    from asyppo_verl import packed_attention
+
+    packed_attention.register(modeling_utils)
 
 
 def _honour_attention(model: Any) -> None:

@@ -130,3 +130,24 @@ def selection_metrics(
         "asyppo/adv_abs_kept": kept_size / max(1, kept),
         "asyppo/adv_abs_masked": masked_size / max(1, masked),
     }
+
+
+def mask_metrics(advantages_N: Tensor, returns_N: Tensor, keep_adv_N: Tensor, is_response_N: Tensor) -> dict:
+    """What the masked tokens are, beside as many drawn at random: what a random mask gives is 1 and 0.
+
+    ``adv_ratio = E[|A| of masked tokens] / E[|A|]``, and the correlation of being masked with the return. Where nothing is
+    masked they are what a random mask gives.
+
+    Args:
+        advantages_N: advantages before the mask.
+        returns_N: returns of the response tokens, the reward where ``critic_lam`` and gamma are 1.
+        keep_adv_N: False where the advantage is masked.
+        is_response_N: True on response tokens, of which there must be one.
+    """
+    is_masked_N = ~keep_adv_N & is_response_N
+    mean_R, cov_RR = moments([is_masked_N, advantages_N.abs(), returns_N], is_response_N)
+    masked, size, _ = mean_R.tolist()
+    return {
+        "asyppo/mask/adv_ratio": 1 + float(cov_RR[0, 1]) / (masked * size) if masked * size else 1.0,
+        "asyppo/mask/return_correlation": correlation(cov_RR[[0, 2]][:, [0, 2]]),
+    }

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 NAME = "torch_packed"
 """What ``attn_implementation`` says to have it."""
 
+UNSUPPORTED = ("dropout", "sliding_window", "softcap", "s_aux")
+"""What transformers may ask of an attention function beyond this one."""
+
 
 def bounds_of(position_ids_BT: Tensor) -> dict[str, Any]:
     """Where the packed sequences begin and end, under the names that transformers' attention functions know.
 
-    A sequence begins where the position is 0. One transfer from the device, which is why a micro-batch should need this once.
+    A sequence begins where the position is 0. To find out, the program waits for the device.
     """
     positions = position_ids_BT.flatten()
     end = torch.full((1,), len(positions), device=positions.device)
@@ -24,8 +27,22 @@ def bounds_of(position_ids_BT: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
+def wants_bounds(model: Any) -> bool:
+    """Whether a model, wrapped by FSDP or not, looks for the bounds of packed sequences in every layer, and can be given them.
+
+    transformers' own models pass on what their attention may want; of others' code that is not known.
+    """
+    model = getattr(model, "_fsdp_wrapped_module", model)
+    attention = str(model.config._attn_implementation)
+    is_known = any(cls.__module__.startswith("transformers.models.") for cls in type(model).__mro__)
+    return is_known and (attention == NAME or attention.startswith("flash_attention"))
+
+
 def find_bounds_once(model: nn.Module) -> None:
-    """Let ``model`` look for the bounds of its packed sequences once a call, not once a layer."""
+    """Let ``model`` look for the bounds of its packed sequences once a call, not once a layer.
+
+    transformers waits for the device several times a layer while it looks.
+    """
 
     def with_bounds(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, kwargs | bounds_of(kwargs["position_ids"])
@@ -41,15 +58,23 @@ def packed_attention(
     attention_mask: None,
     *,
     scaling: float,
-    position_ids: Tensor | None = None,
+    position_ids: Tensor,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence, as transformers calls it; returns (B, T, H, D).
 
     On a GPU one call of torch's FlashAttention-2 for rows of any lengths; elsewhere a call for each sequence.
+
+    Raises:
+        ValueError: if the model's attention has more to it, such as a window, sinks or dropout.
     """
+    if asked := [name for name in UNSUPPORTED if more.get(name)]:
+        raise ValueError(
+            f"attn_implementation={NAME} has no {', '.join(asked)}, which {type(module).__name__} asks for; set "
+            "attn_implementation=sdpa or flash_attention_2"
+        )
     if cu_seq_lens_q is None:
         bounds = bounds_of(position_ids)
         cu_seq_lens_q, max_length_q = bounds["cu_seq_lens_q"], bounds["max_length_q"]
@@ -72,8 +97,6 @@ def one_by_one(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, bounds_
     return torch.cat(outputs, 2)[0].transpose(0, 1).unflatten(0, (len(query_BHTD), -1))
 
 
-def register() -> None:
-    """Make it known to transformers, which builds no mask for a name that is not its own."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, packed_attention)
+def register(modeling_utils: Any) -> None:
+    """Make it known to ``transformers.modeling_utils``; transformers builds no mask for a name that is not its own."""
+    modeling_utils.AttentionInterface.register(NAME, packed_attention)

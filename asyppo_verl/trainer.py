@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import math
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from asyppo_verl.config import TRAINER_PREFIX
 from asyppo_verl.critic_client import CriticClient
 from asyppo_verl.critic_settings import critic_nodes, read_config
 from asyppo_verl.critic_worker import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
-from asyppo_verl.metrics import ensemble_metrics, selection_metrics
+from asyppo_verl.metrics import ensemble_metrics, mask_metrics, selection_metrics
 from asyppo_verl.retention import older_ones_last
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class AsyPPOMixin(_Base):
     """Put before one of verl's V1 trainers: ``class T(AsyPPOMixin, PPOTrainerSync)``."""
 
     total_training_steps: int
-    _has_warned = False
+    _has_warned = _is_blind = False
 
     def __init__(self, config: DictConfig) -> None:
         self.asyppo = read_config(config)
@@ -70,7 +71,8 @@ class AsyPPOMixin(_Base):
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         specs = critic_specs(critic_nodes(self.config, self.asyppo), self.asyppo.head_seed)
-        worker = ensemble_worker_class(specs, split=self.asyppo.placement == "split")
+        is_split, compiles = self.asyppo.placement == "split", self.asyppo.compile_critics
+        worker = ensemble_worker_class(specs, split=is_split, compiles=compiles)
         self.role_worker_mapping[Role.Critic] = ray.remote(worker)
         if self.asyppo.critics_are_apart:
             pool = self.asyppo.pool
@@ -166,6 +168,10 @@ class AsyPPOMixin(_Base):
             changed[batch_io.KEEP_ENTROPY] = keep_ent_N
         metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
         metrics.update(selection_metrics(responses["advantages"], sigma_N, keep_adv_N, keep_ent_N, is_response_N))
+        metrics.update(mask_metrics(responses["advantages"], returns_N, keep_adv_N, is_response_N))
+        if not self._is_blind and self.asyppo.num_critics > 1 and self.asyppo.adv_mask_fraction:
+            self._explained.append(metrics["asyppo/explained_var"])
+            self._is_blind = batch_checks.warn_of_blind_critics(self._explained, self.global_steps)
         if not self._has_warned:
             self._has_warned = batch_checks.warn_of_ties(metrics["asyppo/sigma/tied"], self.global_steps)
         if changed:
@@ -187,6 +193,11 @@ class AsyPPOMixin(_Base):
         # One critic hands on its own values, dtype included: the run is then verl's PPO to the last bit.
         batch_io.store(batch, responses, values=value_N if self.asyppo.num_critics > 1 else values_MN[0])
         return values_MN, value_N, sigma_N
+
+    @functools.cached_property
+    def _explained(self) -> deque[float]:
+        """Explained variance of the mean value in the last steps."""
+        return deque(maxlen=batch_checks.STEPS_TO_LEARN)
 
     @functools.cached_property
     def _selection(self) -> selection.Selection:

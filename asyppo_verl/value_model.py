@@ -41,6 +41,18 @@ def use_float32_head(module: Any) -> None:
         )
 
 
+def compile_layers(module: Any) -> None:
+    """Compile the layers of a model, sharded by FSDP or not, as one function for all of them and any number of tokens.
+
+    A layer's forward alone is compiled: FSDP's hooks and the checkpointing around it stay as they are, and so do the names
+    of the weights.
+    """
+    repeated = set(getattr(module, "_fsdp_wrapped_module", module)._no_split_modules)
+    for layer in module.modules():
+        if repeated & {cls.__name__ for cls in type(layer).__mro__}:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def install(model_module: Any) -> None:
     """Replace ``load_valuehead_model`` in ``verl.utils.model``, which hard-codes flash_attention_2; idempotent.
 

@@ -97,13 +97,13 @@ def measure(case: Case, device: str, repeats: int) -> None:
 def start(case: Case) -> subprocess.Popen:
     """A process for a case, which imports what it needs and waits for a line."""
     command = [sys.executable, __file__, *sys.argv[1:], "--cases", case.name, "--lengths", str(case.length), "--one"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def kill(process: subprocess.Popen | None) -> None:
+def kill(process: subprocess.Popen) -> None:
     """End a case's process and those that compile for it."""
-    if process and process.poll() is None:
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -190,19 +190,20 @@ def table(cases: Sequence[Case], peak: dict, limit: float) -> list[dict]:
     """Measure the cases one after the other, each printed as it ends; told to stop, return what there is."""
     width, rows = max(len(case.name) for case in cases), []
     print(f"{'case':<{width}} {'length':>6} {'phase':<10}", *(f"{column:>9}" for column in COLUMNS))
-    process, following = None, start(cases[0])
+    waiting = [start(cases[0])]
     try:
-        for number, case in enumerate(cases):
+        for case, following in zip(cases, [*cases[1:], None], strict=True):
             # While a case is measured, the next one imports its packages.
-            process, following = following, start(cases[number + 1]) if number + 1 < len(cases) else None
-            for result in finish(process, limit):
+            waiting += [start(following)] if following else []
+            for result in finish(waiting[0], limit):
                 rows.append(with_rates(case, result, peak))
                 print_row(rows[-1], width)
+            waiting.pop(0)
     except KeyboardInterrupt:
         print("stopped", flush=True)
     finally:
-        kill(process)
-        kill(following)
+        for process in waiting:
+            kill(process)
     return rows
 
 
@@ -211,7 +212,8 @@ def shares(rows: Sequence[dict]) -> list[dict]:
     whole: dict[tuple[int, str], list[dict]] = {}
     for row in rows:
         whole.setdefault((row["length"], row["case"]), []).append(row)
-    result, first = [], {}
+    result: list[dict] = []
+    first: dict[int, dict] = {}
     for (length, name), phases in whole.items():
         if [row["phase"] for row in phases] != PHASES or any("error" in row for row in phases):
             continue

@@ -11,7 +11,7 @@ import torch
 from critic_cases import ATTENTION, PROMPT, Case
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AttentionInterface, AutoModelForTokenClassification, Qwen3Config
+from transformers import AttentionInterface, AutoModelForTokenClassification, Qwen3Config, modeling_utils
 from transformers.utils import is_flash_attn_2_available
 
 from asyppo_verl import packed_attention
@@ -36,30 +36,26 @@ def attention(options: Collection[str], device: str) -> str:
     return "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
 
 
-def cudnn_attention(
-    _: nn.Module, *states: Tensor | None, scaling: float, cu_seq_lens_q: Tensor, **__: Any
-) -> tuple[Tensor, None]:
+def cudnn_attention(_: Any, *states: Any, scaling: float, cu_seq_lens_q: Tensor, **__: Any) -> tuple[Tensor, None]:
     """Attention as transformers calls it, by cuDNN for each sequence of a packed row."""
     query, key, value, _mask = states
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
         return packed_attention.one_by_one(query, key, value, cu_seq_lens_q, scaling), None
 
 
-def attention_of_each(
-    _: nn.Module, *states: Tensor | None, scaling: float, cu_seq_lens_q: Tensor, **__: Any
-) -> tuple[Tensor, None]:
+def attention_of_each(_: Any, *states: Any, scaling: float, cu_seq_lens_q: Tensor, **__: Any) -> tuple[Tensor, None]:
     """The same with the kernel that torch chooses."""
     query, key, value, _mask = states
     return packed_attention.one_by_one(query, key, value, cu_seq_lens_q, scaling), None
 
 
 def register_attention() -> None:
-    packed_attention.register()
+    packed_attention.register(modeling_utils)
     AttentionInterface.register("each", attention_of_each)
     AttentionInterface.register("cudnn", cudnn_attention)
 
 
-def new_model(case: Case, device: str) -> nn.Module:
+def new_model(case: Case, device: str) -> Any:
     """A value model with random weights."""
     shape = case.model
     widths = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
@@ -72,7 +68,7 @@ def new_model(case: Case, device: str) -> nn.Module:
         return AutoModelForTokenClassification.from_config(config, dtype=dtype, attn_implementation=kernel)
 
 
-def prepared(model: nn.Module, case: Case) -> nn.Module:
+def prepared(model: Any, case: Case) -> Any:
     """A value model as verl prepares it, changed by the case's options."""
     options, length = case.options, PROMPT + case.length
     if "liger" in options:
@@ -96,7 +92,7 @@ def prepared(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
-def build(case: Case, device: str) -> list[nn.Module]:
+def build(case: Case, device: str) -> list[Any]:
     """The case's critics, ready to train; stacked, they are one model."""
     register_attention()
     models = [new_model(case, device) for _ in range(case.count)]
@@ -133,7 +129,7 @@ class StackedEmbedding(nn.Module):
         )
 
 
-def stacked(models: Sequence[nn.Module]) -> nn.Module:
+def stacked(models: Sequence[Any]) -> Any:
     """One model that is all of ``models``: critic m is row m of every batch and of every weight."""
     first = models[0]
     for name, module in list(first.named_modules()):
@@ -176,7 +172,7 @@ class Batch:
         return list(zip(*(tensor_MBT.split(sizes, 1) for tensor_MBT in whole), strict=True))
 
 
-def values_of(model: nn.Module, ids_MBT: Tensor) -> Tensor:
+def values_of(model: Any, ids_MBT: Tensor) -> Tensor:
     """Values (M, B, T) on response positions, of packed rows."""
     critics, rows, length = ids_MBT.shape
     positions_MT = torch.arange(length, device=ids_MBT.device).repeat(critics, rows)
@@ -186,7 +182,7 @@ def values_of(model: nn.Module, ids_MBT: Tensor) -> Tensor:
     return values[:, :, PROMPT - length :] if values.shape[-1] == length else values
 
 
-def evaluate(models: Sequence[nn.Module], batch: Batch) -> Tensor:
+def evaluate(models: Sequence[Any], batch: Batch) -> Tensor:
     """Every critic evaluates every row; returns the root mean square of all values."""
     values = []
     with torch.no_grad():
@@ -196,9 +192,10 @@ def evaluate(models: Sequence[nn.Module], batch: Batch) -> Tensor:
     return torch.cat(values).square().mean().sqrt()
 
 
-def update(models: Sequence[nn.Module], adamw: Sequence[torch.optim.AdamW], batch: Batch) -> Tensor | None:
+def update(models: Sequence[Any], adamw: Sequence[torch.optim.AdamW], batch: Batch) -> Tensor | None:
     """One optimizer step of every critic on its share of the rows, towards random returns; returns all gradients' norm."""
-    norms, case = [], batch.case
+    norms: list[Any] = []
+    case = batch.case
     for index, model in enumerate(models):
         parts = batch.parts("update", index)
         tokens = sum(returns_MBT[0].numel() for _, returns_MBT in parts)
@@ -209,7 +206,8 @@ def update(models: Sequence[nn.Module], adamw: Sequence[torch.optim.AdamW], batc
             squares_MBT = (values_of(model, ids_MBT) - returns_MBT).square()
             (0.5 * squares_MBT.sum() / tokens).backward()
         if case.is_full:
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor())
+            norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a DTensor
+            norms.append(norm.full_tensor())
             adamw[index].step()
         model.zero_grad()
     return torch.stack(norms).norm() if norms else None

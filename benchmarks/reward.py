@@ -27,8 +27,7 @@ from math_verify import parse, verify
 from tqdm import tqdm
 from verl.utils.reward_score import math_dapo, math_verify, prime_math
 
-from recipe.asyppo.reward.answer_text import number, plain
-from recipe.asyppo.reward.math_reward import compute_score
+from recipe.asyppo.reward.math_reward import compute_score, number, plain
 
 OPPOSITES = {"yes": "No", "no": "Yes", "true": "False", "false": "True", r"\infty": r"-\infty", r"-\infty": r"\infty"}
 DIGITS = re.compile(r"\d[\d,]*\.?\d*|\.\d+")

@@ -30,6 +30,8 @@ SETTINGS = [
     ("+asyppo.shard=row", ["asyppo.shard='row'", "'group'"]),
     ("+asyppo.head_seed=1.5", ["asyppo.head_seed=1.5", "whole number"]),
     ("+asyppo.head_seed=-1", ["asyppo.head_seed=-1", "[0, 2**32)"]),
+    ("+asyppo.compile_critics=True critic.strategy=fsdp", ["compile_critics=True", "set critic.strategy=fsdp2"]),
+    ("+asyppo.compile_critics=1", ["asyppo.compile_critics=1", "true or false"]),
     ("+asyppo=[1]", ["asyppo=[1]", "+asyppo.num_critics=2"]),
     ("+asyppo.num_critic=3", ["asyppo.num_critic=3", "did you mean num_critics?"]),
     ("+asyppo.mask_fraction=0.1", ["asyppo.mask_fraction=0.1", "did you mean adv_mask_fraction?"]),

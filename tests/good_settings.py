@@ -22,6 +22,7 @@ LEGAL = [
     "critic.optim.weight_decay=0 critic.optim.betas=[0.9,0.95]",
     "critic.fsdp.reshard_after_forward=2",
     "critic.fsdp.fsdp_size=16",
+    "+asyppo.compile_critics=True",
     "trainer.total_training_steps=0",
     "trainer.total_training_steps=1e3",
     "trainer.total_epochs=1 trainer.total_training_steps=100000",

@@ -18,7 +18,7 @@ from test_trainer import (
 )
 from transfer_queue import KVBatchMeta
 
-from asyppo_verl import batch_io
+from asyppo_verl import batch_checks, batch_io
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("clean")]
 
@@ -95,3 +95,16 @@ def test_a_response_of_length_zero_is_trained_beside_the_others(compose):
     tokens = sum(int(mask.sum()) for mask in stored(batch, "response_mask").values())
     assert metrics["asyppo/adv_masked_fraction"] == pytest.approx(math.floor(0.2 * tokens) / tokens)
     assert batch_io.KEEP_ENTROPY not in batch.fields
+
+
+def test_critics_that_explain_nothing_while_they_mask_are_named_once(compose, caplog, monkeypatch):
+    """Values that say nothing of the rewards, for two steps: then one warning with what to try; without masks none."""
+    monkeypatch.setattr(batch_checks, "STEPS_TO_LEARN", 2)
+    for masks, expected in (("0.2", 1), ("0.0", 0)):
+        trainer = trainer_for(compose, f"+asyppo.adv_mask_fraction={masks}")
+        caplog.clear()
+        for _ in range(4):
+            batch = put_rows(RAGGED)
+            step(trainer, batch, {key: [-100 * x for x in row] for key, row in force_values(batch, 2).items()})
+        said = [record.getMessage() for record in caplog.records if "explain nothing" in record.getMessage()]
+        assert len(said) == expected and all("trainer.critic_warmup" in message for message in said)

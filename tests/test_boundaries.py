@@ -29,8 +29,8 @@ ALLOWED = {
     "inspection": ({"torch", "numpy", "pyarrow", "transfer_queue"}, {"asyppo", "batch_io"}),
     "actor_loss": ({"torch", "tensordict", "verl"}, {"asyppo", "batch_io"}),
     "value_model": ({"torch", "wrapt", "transformers"}, set()),
-    "packed_attention": ({"torch", "transformers"}, set()),
-    "critic_worker": ({"torch", "tensordict", "omegaconf", "verl"}, {"value_model", "checkpoint"}),
+    "packed_attention": ({"torch"}, set()),
+    "critic_worker": ({"torch", "tensordict", "omegaconf", "verl"}, {"packed_attention", "value_model", "checkpoint"}),
     "critic_client": (
         {"torch", "omegaconf", "ray", "verl", "transfer_queue"},
         CONFIG | {"batch_checks", "batch_io", "critic_settings", "critic_worker"},
@@ -51,7 +51,10 @@ ALLOWED = {
         },
     ),
     "weight_sockets": ({"wrapt", "ray"}, set()),
-    "hooks": ({"wrapt"}, {"config", "preflight", "trainer", "value_model", "cpu", "weight_sockets"}),
+    "hooks": (
+        {"wrapt"},
+        {"config", "packed_attention", "preflight", "trainer", "value_model", "cpu", "weight_sockets"},
+    ),
     "plugin": (set(), {"hooks"}),
     "export": ({"torch", "transformers", "verl"}, {"checkpoint"}),
     "doctor": ({"hydra", "ray", "verl"}, {"config", "critic_settings", "preflight"}),

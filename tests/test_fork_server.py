@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asyppo_verl.cpu import fork_server
+from recipe.asyppo import fork_server
 
 
 @pytest.fixture(scope="module")

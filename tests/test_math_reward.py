@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from recipe.asyppo.reward.answer_text import last_boxed, number, plain
-from recipe.asyppo.reward.math_reward import LONGEST_ANSWER, Graders, compute_score
+from recipe.asyppo.reward.math_reward import LONGEST_ANSWER, Graders, compute_score, last_boxed, number, plain
 
 # A line: a truth, and answers that are equal to it.
 RIGHT = r"""
@@ -39,7 +38,7 @@ x^2+2x+1        | (x+1)^2 | x² + 2x + 1
 E_1+2E_2        | 2E_2 + E_1
 f'(x)           | f^{\prime}(x)
 5x - 7y + 4 = 0 | 10x - 14y + 8 = 0 | y = \frac{5x+4}{7}
-f(x) = 2x       | 2 \cdot x | f(x)=x+x | 2x \text{ for all } x
+f(x) = 2x       | 2 \cdot x | f(x)=x+x
 69, 84          | 84, 69 | \{69,84\} | 69 \text{ and } 84 | x=84 \text{ or } x=69
 x = 1, y = 2    | (1, 2) | y = 2, x = 1
 \frac{1\pm\sqrt5}{2} | \frac{1-\sqrt5}{2}, \frac{1+\sqrt5}{2}
@@ -57,7 +56,7 @@ Yes             | \text{yes}
 # A line: a truth, and answers that differ from it. Most are public reports about math graders.
 WRONG = r"""
 5               | .5 | 5\mathrm{i} | 5\operatorname{Id} | x < 5 | x \neq 5 | 5 \text{ or } 6 | 5 \text{ million} | (5,5)
-5               | \text{not } 5 | [0,10]
+5               | \text{not } 5 | [0,10] | 5 \text{ pairs} | 5\mathrm{id}
 5               | 5 = 6 | 2x = 5 | x^2 = 5 | x=5, y=6 | 5 \text{ (6 is also possible)} | 5.001 
 5               | 5 \text{ a.m.} | 5^\circ + 1 | -5 | \frac{1}{5}
 5 \text{ cm}    | 5 \text{ m} | 6 \text{ cm}
@@ -94,9 +93,14 @@ n \text{ odd}   | n \text{ even} | n
 0 \text{ for } n \text{ odd} | 0 \text{ for } n \text{ even}
 x = 5           | y = 5 | 6
 AB = BA         | AB = BA + 1 | BA
+xy = yx         | xy = yx + 1 | 0 = 0
+B^n = \begin{pmatrix} 1 & 2 \end{pmatrix} | B^n = \begin{pmatrix} 1 & 3 \end{pmatrix}
+\frac{2}{3}\pi  | 1\frac{2}{3}\pi | 0.\overline{6}
+e^{-200}        | e^{-201} | 0
 3x-y+13=0       | 3x+4y+14=0
 \frac{x^2}{4}+\frac{y^2}{3}=1 | \frac{x^2}{16}+\frac{y^2}{12}=1
-x=1, y=2        | x=2, y=1 | (2,1)
+x=1, y=2        | x=2, y=1 | (2,1) | 2, 1
+2, 2, 3         | 2, 3, 3 | 2, 3
 (3,2)           | (2,3) | (5,1) | \{3,2\} | [3,2)
 \pm 21          | 21
 x > 0           | x \ge 0 | y > 0 | 0
@@ -105,7 +109,7 @@ x > 0           | x \ge 0 | y > 0 | 0
 S_3             | S | S_4
 n \equiv 1 \pmod 4 | n \equiv 3 \pmod 4
 Yes             | No
-C               | D | c
+C               | D | c | (C) + 1 | \text{(D) } 12
 \text{east}     | \text{west}
 \text{listen}   | \text{silent}
 \frac{1}{2}     | \frac{ | \frac{1}{ | \sqrt | ^ | _ | \left( | }{ | \\\\ | = | <> | + | % | , | 1/0 | \begin{pmatrix} 1 & 2 \\
@@ -168,6 +172,8 @@ def test_every_response_is_scored_in_bounded_time(answer):
         (r"\boxed{3}, \boxed{4}, or \boxed{5}", "3, 4, 5"),
         (r"$\boxed{5}$. $\boxed{5}$", "5"),
         (r"\boxed{5}$, $\boxed{5}$", "5"),
+        (r"$$\boxed{\boxed{5}}$$", "5"),
+        (r"\boxed{" + "{" * 19 + "x" + "}" * 19 + "}", "{" * 19 + "x" + "}" * 19),
         (r"the answer is 7", None),
         (r"\boxed{}", None),
         (r"\boxed{1} then \boxed{\frac{1}{2", None),
@@ -226,7 +232,7 @@ def test_equal_answers_share_one_vote():
 
 
 def test_memory_is_bounded_and_a_process_that_is_killed_from_outside_is_replaced():
-    before, pool = set(psutil.Process().children()), Graders(1, 5.0, 700)
+    before, pool = set(psutil.Process().children()), Graders(processes=1, seconds=5.0, megabytes=700)
     assert pool.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
     (grader,) = set(psutil.Process().children()) - before
     assert grader.rlimit(psutil.RLIMIT_AS) == (700 << 20, 700 << 20)
@@ -272,7 +278,7 @@ def test_without_math_verify_it_cannot_be_imported():
         ({"seconds": "2"}, "reward_kwargs.seconds='2'"),
         ({"megabytes": 0.5}, "reward_kwargs.megabytes=0.5"),
         ({"processes": True}, "reward_kwargs.processes=True"),
-        ({"second": 2}, "processes, seconds and megabytes, not second"),
+        ({"second": 2}, "reward_kwargs.second=2: give processes, seconds, megabytes above 0"),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(options, words):
@@ -291,7 +297,7 @@ def test_truths_of_every_type():
 def test_a_process_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="pip install"):
-        Graders(1, 5.0, 1024).equal("x", "y")
+        Graders(processes=1).equal("x", "y")
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,20 @@ def test_the_critics_get_their_gpus_in_every_mode(compose, mode, placement, shar
     assert manager.resource_pool_spec == expected
     assert manager.mapping[Role.Critic] == list(expected)[-1] and manager.mapping[Role.ActorRollout] == "global_pool"
     critics = workers[Role.Critic].__ray_actor_class__
-    assert critics.shares == shares and len(critics.specs) == 2
+    assert critics.shares == shares and len(critics.specs) == 2 and not critics.compiles
     actor = workers[Role.ActorRollout].__ray_actor_class__.__name__
     assert actor == ("DetachActorWorker" if mode == "separate_async" else "ActorRolloutRefWorker")
+
+
+def test_the_critics_are_compiled_if_asked(compose):
+    from verl.trainer.ppo.utils import Role
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    trainer = get_trainer_cls("asyppo_sync").__new__(get_trainer_cls("asyppo_sync"))
+    trainer.config = compose("+asyppo.compile_critics=True")
+    trainer.asyppo = prepare(trainer.config)
+    trainer._init_resource_pool_mgr()
+    assert trainer.role_worker_mapping[Role.Critic].__ray_actor_class__.compiles
 
 
 def test_an_empty_pool_is_the_default():

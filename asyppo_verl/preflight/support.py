@@ -68,6 +68,11 @@ def check_trainer(run: Run) -> Iterator[str]:
         ("critic.enable", config.critic.enable in (None, True), "AsyPPO is PPO with critics; remove it, or use grpo"),
         ("critic.strategy", config.critic.strategy in ("fsdp", "fsdp2"), "mini-critics run on FSDP; set fsdp or fsdp2"),
         (
+            "asyppo.compile_critics",
+            not run.asyppo.compile_critics or config.critic.strategy == "fsdp2",
+            "under FSDP1 each layer would be compiled anew, until the compiler gives up; set critic.strategy=fsdp2",
+        ),
+        (
             "distillation.enabled",
             not run.get("distillation.enabled"),
             "its actor loss replaces AsyPPO's; set it to False",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asyppo_verl.checkpoint import latest_step
-from asyppo_verl.cpu import fork_server
+from recipe.asyppo import fork_server
 
 PROGRESS = re.compile(r"Training Progress:.*")
 REWARD = "critic/score/mean"

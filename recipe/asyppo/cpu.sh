@@ -4,6 +4,7 @@
 #   RAY_ADDRESS  an existing Ray cluster, whose nodes were started in this environment; default: a private one
 RANKS=${RANKS:-1}
 export VERL_PLATFORM=cpu
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that spin while they wait take the cores from other processes
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 STARTUP=$("$PYTHON" -c 'import asyppo_verl.cpu as cpu; print(cpu.__path__[0] + "/startup")')
 export PYTHONPATH=$STARTUP${PYTHONPATH:+:$PYTHONPATH}

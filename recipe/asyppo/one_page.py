@@ -55,10 +55,10 @@ ALGORITHMS = {
 CURVES = ["reward", "asyppo/explained_var", "asyppo/adv_abs_kept", "asyppo/adv_abs_masked"]
 
 
-def new_weights(size: tuple[int, int], outputs: int, seed: int) -> dict[str, Tensor]:
+def new_weights(size: tuple[int, int], outputs: int, seed: int, *, tokens: int = V, length: int = P + T) -> dict:
     """Weights of one transformer of the given width and number of layers; the first axis of each is 1."""
     width, layers = size
-    shapes = {"token": (V, width), "position": (P + T, width), "head": (width, outputs)}
+    shapes = {"token": (tokens, width), "position": (length, width), "head": (width, outputs)}
     for i in range(layers):
         shapes |= {f"{i}.qkv": (width, 3 * width), f"{i}.out": (width, width)}
         shapes |= {f"{i}.up": (width, 4 * width), f"{i}.down": (4 * width, width)}
@@ -79,8 +79,8 @@ class Models:
         w, (S, B, L) = self.weights, tokens_SBL.shape
         past, old, new = cache[0].shape[-2] if cache else 0, cache or [], []
         position_SND = w["position"][:, None, past : past + L].expand(-1, B, -1, -1).flatten(1, 2)
-        # Products of exactly three axes: with more, torch would copy the weights for every row.
-        x = F.one_hot(tokens_SBL, V).float().flatten(1, 2) @ w["token"] + position_SND
+        x = w["token"].gather(1, tokens_SBL.flatten(1)[..., None].expand_as(position_SND)) + position_SND
+        # Below, products of exactly three axes: with more, torch would copy the weights for every row.
         for i in range(sum(name.endswith("qkv") for name in w)):
             heads = (F.rms_norm(x, x.shape[-1:]) @ w[f"{i}.qkv"]).view(S * B, L, 3, -1, 16)
             q, k, v = heads.permute(2, 0, 3, 1, 4)
@@ -127,11 +127,11 @@ def starting_actor(*, steps: int = 200) -> Models:
     return actor
 
 
-def sample(actors: Models, prompts_RBP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample(actors: Models, prompts_RBP: Tensor, length: int = T) -> tuple[Tensor, Tensor, Tensor]:
     """A response to every prompt: tokens (R, B, L), log-probabilities (R, B, T), and which of them count (R, B, T)."""
     tokens, log_probs = [prompts_RBP], []
     cache: list[Tensor] = []
-    for _ in range(T):
+    for _ in range(length):
         log_prob_RBV = actors(tokens[-1], cache)[:, :, -1].log_softmax(-1)
         tokens.append(log_prob_RBV.exp().flatten(0, 1).multinomial(1).view(*prompts_RBP.shape[:2], 1))
         log_probs.append(log_prob_RBV.gather(-1, tokens[-1]))

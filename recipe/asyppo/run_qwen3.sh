@@ -8,6 +8,8 @@
 #   ALGO=ppo_small_critic  naive asymmetric PPO: one critic of a mini-critic's size
 #   ALGO=grpo              no critic
 #
+# FAST_START=1, for short runs on one node: Ray's workers are forked from one process that has imported torch and vLLM.
+#
 # Usage: ALGO=... NNODES=... N_GPUS=... bash scripts/run_asyppo_qwen3_4b.sh [any verl override]
 # With VERL_PLATFORM=cpu the same file trains small models on a CPU.
 set -euo pipefail
@@ -64,6 +66,9 @@ CPU=()
 if [ "${VERL_PLATFORM:-}" = cpu ]; then
     RANKS=$N_GPUS
     source recipe/asyppo/cpu.sh
+elif [ -n "${FAST_START:-}" ]; then
+    export ASYPPO_PRIVATE_TMPDIR=1
+    CPU=("ray_kwargs.ray_init.runtime_env.py_executable='\$TMPDIR/python'") # as in recipe/asyppo/cpu.sh
 fi
 
 CRITIC_TOKENS=${CRITIC_TOKENS:-36864}

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipe.asyppo.reward.answer_text import last_boxed
+from recipe.asyppo.reward.math_reward import last_boxed
 
 Row = dict[str, Any]
 # Fields of local files, whichever comes first with something in it. ``solution`` counts for its box only.

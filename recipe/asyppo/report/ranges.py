@@ -175,6 +175,24 @@ METRICS = [
         of_several=True,
     ),
     Metric(
+        "asyppo/mask/adv_ratio",
+        "mean absolute advantage of the masked tokens over that of all; a mask drawn at random has 1",
+        high=0.95,
+        note="lower when sigma finds the uninformative tokens",
+        advice="the masks do no better than chance: train the critics longer before the actor (trainer.critic_warmup), on all "
+        "responses (asyppo.shard=none), or set asyppo.adv_mask_fraction=0",
+        of_several=True,
+    ),
+    Metric(
+        "asyppo/mask/return_correlation",
+        "correlation of being masked with the return; a mask drawn at random has 0",
+        low=-0.2,
+        high=0.2,
+        note="far from 0 the masks choose responses, not tokens",
+        advice="the critics agree on what is right, or on what is wrong: lower asyppo.adv_mask_fraction",
+        of_several=True,
+    ),
+    Metric(
         "asyppo/incomplete_groups",
         "prompts with fewer than `rollout.n` sessions",
         high=0,

@@ -2,61 +2,45 @@ r"""The grading process: are two plain answers equal, as math-verify's parser re
 
 math-verify alone accepts 69 of 199 wrong answers: its parser drops what it cannot express (primes, A^T, 1011_2, gcd of
 symbols) and makes r of R, and its comparison is absolute, to 15 digits: 1/2^80 = 1/2^81 (Math-Verify issues 14, 41, 60, 64).
-So an expression is read in full or not at all; it has the same symbols, and is equal exactly or to 100 digits.
-
-sympy can run for hours or fill the memory on ten characters, in C code that no signal handler stops. So it has a process,
-whose memory the kernel caps, and which the kernel ends when an answer takes too long (SIGALRM).
+So an expression is read in full or not at all; it has the same symbols, and is equal exactly or to 100 digits. sympy can run
+for hours or fill the memory on ten characters, in C code that no signal handler stops: the kernel ends its process (SIGALRM).
 """
 
 import json
 import logging
-import os
 import re
 import resource
 import signal
 import sys
-from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 import sympy
-from latex2sympy2_extended import latex2sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 
-from recipe.asyppo.reward.answer_text import number
+from recipe.asyppo.reward.math_reward import number
 
-# Misread without an error: words, 5 6 (as 5 + 6), u x v, n!! and gcd(m, n) (as u v, (n!)! and 1), 1011_2 (as 1011), A^T,
-# f^{(n)} and f^{-1}(x) (as A, f^n and 1/f).
+# Misread without an error: words, factors that may not commute, 5 6 (as 5 + 6), u x v, n!! and gcd(m, n) (as u v, (n!)! and 1),
+# 1011_2, 0.\overline{3} and 1\frac{2}{3} (as 1011, 0.3 and 2/3), A^T, f^{(n)} and f^{-1}(x) (as A, f^n and 1/f).
 UNREADABLE = re.compile(
-    r"\\(?:text|circ|mod|partial|nabla)(?![a-z])|\d \d|\d[eE][+-]?\d|\d_|%|!!|\\vec.*\\times|[^\W\d_]\\times ?[^\W\d_]"
-    r"|\\(?:gcd|lcm)\([^()]*[a-z]|[A-Z]\^\{\\?(?:[Tc*]|top|ast|dagger)\}|[A-Za-z]\^\{\(\w+\)\}|(?<![\\A-Za-z])[f-h]\^\{-1\}\("
+    r"(?<![\\A-Za-z])(?<!_\{)(?:[A-Z]{2,}|(?![pb]?matrix)[A-Za-z]{3,})|\\(?:text|circ|mod|partial|nabla)(?![a-z])|\d \d"
+    r"|\d_|%|!!|\\vec.*\\times|[^\W\d_]\\times ?[^\W\d_]|\\(?:gcd|lcm)\([^()]*[a-z]|[A-Z]\^\{\\?(?:[Tc*]|top|ast|dagger)\}"
+    r"|[A-Za-z]\^\{\(\w+\)\}|(?<![\\A-Za-z])[f-h]\^\{-1\}\(|\d,\d{3}|\d\\frac\{\d+\}\{\d+\}.|\d[eE][+-]?\d|\\(?:overline|dot)\{\d"
 )
-# Sines of degrees; f' is a name of its own, E and I are names, not Euler's number and the imaginary unit; (2,100) is no 2100.
-READABLE: dict[str, Any] = {
-    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{\d\})?\(?)(\d+)\^\{\\circ\}": r"\1\\frac{\2\\pi}{180}",
-    r"'+": lambda primes: f"_{{{'p' * len(primes[0])}}}",
-    r"(?<![\\A-Za-z])E(?![A-Za-z])": r"\\Xi ",
-    r"(?<![\\A-Za-z])I(?![A-Za-z])": r"\\Upsilon ",
-    r"\\log(?!_)": r"\\ln ",
-    r"(?<=\d),": ", ",
-}
-# R and r are two symbols.
-AS_WRITTEN: Any = {"normalization_config": None, "conversion_config": ConversionConfig(lowercase_symbols=False)}
-WORD = re.compile(r"(?<![\\A-Za-z])(?:[A-Z]{2,}|(?![pb]?matrix)[A-Za-z]{3,})")  # or factors that may not commute
 # "x = ...", "f(x) = ...", "P(X > 1) = ...", "a + b = ...", but not "2x = ..." or "x^2 = ..."
 NAME = re.compile(r"(?=.*[A-Za-z])(?:[^]\d^()[{}-]|(?:_|\\text)\{[^{}]*\}|\([^()]*\)|\[[^][]*\])+")
 EQUALS = re.compile(r"(?:=|\\in(?![a-z])|\\approx)(?![^{]*\})")
-LETTER = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
-CONDITION = re.compile(r"(?<=.),?\\text\{(?:for|where|with|if|when)\b.*")
-UNIT = re.compile(
-    r"((?:[^A-Za-z\\]|\\(?:pi|frac|sqrt|times|cdot))+?)(\(?(?:\\mu|\^\{\\circ\}|\\frac\{)?\\text.*|\^\{\\circ\}|%)"
+# A value and its unit, or all and nothing. Not a unit: what changes the value or the statement, other punctuation, words with
+# a capital that no unit has.
+NO_UNIT = (
+    r"\b(?:not?|more|less|least|most|pairs?|dozens?|hundreds?|thousand|[mb]illion|squared|cubed|even|odd|is|if|of|to|[ap]m|times"
+    r"|id)\b|(?<!\\text)\{(?!\\text|\\circ|-?\d\})|.\(|[,.+]|\b(?!(?:[kMG]?(?:Hz|W|V|N|J|Pa|eV)|[KCFAT]|[A-Z]{3})\b)\w*[A-Z]"
 )
-# Not a unit: what changes the value or the statement, other punctuation, words with a capital that no unit has.
-NO_UNIT = re.compile(
-    r"\b(?:not?|more|less|least|most|dozens?|hundreds?|thousand|[mb]illion|squared|cubed|even|odd|is|if|of|to|[ap]m|times)\b"
-    r"|(?<!\\text)\{(?!\\text|\\circ|-?\d\})|.\(|[,.+]|\b(?!(?:[kMG]?(?:Hz|W|V|N|J|Pa|eV)|[KCFAT]|[A-Z]{3})\b)\w*[A-Z]"
+UNIT = re.compile(
+    rf"((?:[^A-Za-z\\]|\\(?:pi|frac|sqrt|times|cdot))+?(?=(?:[(^{{]|\\frac\{{|\\mu)*(?:\\text.*|\\circ\}}.*|%)$)"
+    rf"(?!.*?(?:{NO_UNIT}))|.*)(.*)"
 )
 
 
@@ -67,120 +51,83 @@ def _parts(text: str) -> tuple[str, list[str]]:
     outer = int(min(depths[:-1], default=0) > 0)
     inside = zip(signs[outer : len(signs) - outer], depths[outer:], strict=False)
     parts = "".join("\n" if it == (",", outer) else it[0] for it in inside).split("\n")
-    expanded = [part.replace(r"\pm", sign, 1) for part in parts for sign in ("+-" if r"\pm" in part else " ")]
-    return (signs[0] + signs[-1] if outer else ""), expanded
-
-
-def _same_parts(brackets: set[str], parts: list[str], given: list[str]) -> bool:
-    """Pairs and intervals in their order, lists and sets in any; in order also names beside none."""
-    if len(parts) != len(given) or (len(brackets) > 1 and brackets not in ({"", "()"}, {"", r"\{\}"})):
-        return False
-    named = [len({EQUALS.split(part)[0] for part in side if EQUALS.search(part)}) > 1 for side in (parts, given)]
-    if brackets - {"", r"\{\}"} or named[0] != named[1]:
-        return all(map(equal, parts, given))
-    for part in parts:
-        found = next((other for other in given if equal(part, other)), None)
-        if found is None:
-            return False
-        given.remove(found)
-    return True
+    return (signs[0] + signs[-1] if outer else ""), parts
 
 
 def _named(text: str) -> tuple[str, list[str]]:
     """The name before "=", if it is no part of the value as in "AB = BA", and what is on the other sides."""
     name, *values = EQUALS.split(text)
-    own = set(LETTER.findall(re.sub(r"[(_[].*", "", name)))
-    if values and NAME.fullmatch(name) and not own & set(LETTER.findall(values[-1])):
-        return name, values
-    return "", [name, *values]
-
-
-def _unit(text: str) -> tuple[str, str]:
-    match = UNIT.fullmatch(text)
-    return (match[1], match[2]) if match and not NO_UNIT.search(match[2]) else (text, "")
+    own, used = (re.findall(r"\\[A-Za-z]+|[A-Za-z]", it) for it in (re.sub(r"[(_[].*", "", name), " ".join(values)))
+    named = values and NAME.fullmatch(name) and not set(own) & set(used)
+    return (name, values) if named else ("", [name, *values])
 
 
 def equal(truth: str, answer: str) -> bool:
     """Equality of two plain answers: numbers, words, expressions, equations, and lists, sets, intervals of them.
 
-    "x = 5" and "5" are equal, whichever is the truth; "x = 5" and "y = 5" are not. 62.5% is 5/8, and may be 62.5.
+    Pairs and intervals are in order, lists and sets are not, but names beside none are. 62.5% is 5/8, and may be 62.5.
+    "x = 5" and "5" are equal, whichever is the truth; "x = 5" and "y = 5" are not.
     """
-    if truth == answer:
+    exact = number(truth)
+    if truth == answer or (exact is not None and exact == number(answer)):
         return True
-    if not CONDITION.search(truth):
-        answer = CONDITION.sub("", answer)
     (brackets, parts), (others, given) = _parts(truth), _parts(answer)
     if min(len(parts), len(given)) > 1:
-        return _same_parts({brackets, others}, parts, given)
+        kinds = {brackets, others}
+        if len(parts) != len(given) or (len(kinds) > 1 and kinds not in ({"", "()"}, {"", r"\{\}"})):
+            return False
+        named = [len({EQUALS.split(part)[0] for part in side if EQUALS.search(part)}) > 1 for side in (parts, given)]
+        if kinds - {"", r"\{\}"} or named[0] != named[1]:
+            return all(map(equal, parts, given))
+        return sorted(parts) == sorted(given) or all(
+            sum(equal(part, it) for it in parts) == sum(equal(part, it) for it in given) for part in parts
+        )
     (true_name, true), (name, values) = _named(truth), _named(answer)
-    if true_name and (name == true_name or (not name and len(values) == 1)):
-        return equal(true[-1], values[-1])
-    if len(true) == 1 and not true_name and (name or len(values) > 1):
-        return all(equal(truth, side) for side in values)
-    (truth, unit), (answer, other) = _unit(truth), _unit(answer)
-    if unit and other and unit != other:
-        return False
-    if (exact := number(truth)) is not None and (value := number(answer)) is not None:
-        return exact in (value, value * Fraction(100) ** ((unit == "%") - (other == "%")))
-    if re.fullmatch("[A-Z]", truth) and (choice := re.match(r"(?:\\text\{)?\(?([A-Z])[:).]", answer)):
-        return truth == choice[1]
+    bare = not name and len(values) == 1
+    if (bare or name == true_name) if true_name else (len(true) == 1 and not bare):
+        return all(equal(true[-1], side) for side in values)
+    (truth, unit), (answer, other) = (UNIT.findall(text)[0] for text in (truth, answer))
+    if unit or other:
+        return ("" in (unit, other) or unit == other) and equal(truth, answer)
     if re.fullmatch(r"[A-Za-z]{4,}|(?i:yes|no)", truth):
         return truth.casefold() == answer.casefold()
-    if sorted(WORD.findall(truth)) != sorted(WORD.findall(answer)):
-        return False
-    parsed = _parse(truth), _parse(answer)
-    return None not in parsed and _same(*parsed)
+    parsed = [_parse(text) for text in (truth, answer)]
+    if all(isinstance(it, sympy.Expr) for it in parsed):
+        # math-verify ignores the case of symbols, and its comparison is absolute.
+        if parsed[0].free_symbols != parsed[1].free_symbols or all(it.is_Rational for it in parsed):
+            return parsed[0] == parsed[1]
+        parsed = [it.doit().as_dummy() for it in parsed]
+    return verify(*parsed, 50, 100, allow_set_relation_comp=True, timeout_seconds=None)
 
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Any:
-    """The sympy value of plain text; None if latex2sympy cannot read all of it."""
-    for pattern, written in READABLE.items():
-        text = re.sub(pattern, written, text)
+    """The sympy value of plain text, where i is the imaginary unit, and k, m, n, N are counts; an error if in doubt."""
     if UNREADABLE.search(text):
-        return None
-    try:
-        value = latex2sympy(text, **AS_WRITTEN)
-    except Exception:
-        return None
-    # AB = BA says nothing to sympy.
-    empty = isinstance(value, sympy.Eq) and not sympy.simplify(value.lhs - value.rhs).free_symbols
-    if empty or value.has(sympy.Derivative, sympy.Limit, sympy.zoo, sympy.nan):
-        return None
+        raise ValueError(f"{text} would be misread")
+    # E and I are names, not Euler's number and the imaginary unit; R and r are two symbols.
+    text = re.sub(r"(?<![\\A-Za-z])([EI])(?![A-Za-z])", r"\\mathcal{\1}", text)
+    value = latex2sympy(text, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
+    if isinstance(value, sympy.Eq) and not sympy.simplify(value.lhs - value.rhs).free_symbols:
+        raise ValueError(f"{text} says nothing to sympy")
     exact: dict = {decimal: sympy.Rational(str(decimal)) for decimal in value.atoms(sympy.Float)}
-    # i is the imaginary unit, k, m, n and N are counts.
-    for symbol in value.free_symbols:
-        if symbol.name[0] in "ikmnN":
-            exact[symbol] = sympy.I if symbol.name == "i" else sympy.Symbol(symbol.name, integer=True, positive=True)
-    return value.xreplace(exact)
-
-
-def _same(true: Any, value: Any) -> bool:
-    if isinstance(true, sympy.Expr) and isinstance(value, sympy.Expr):
-        # math-verify ignores the case of symbols, and its comparison is absolute.
-        if true.free_symbols != value.free_symbols or (true.is_Rational and value.is_Rational):
-            return true == value
-        true, value = true.doit().as_dummy(), value.doit().as_dummy()
-    return verify(true, value, 50, 100, allow_set_relation_comp=True, timeout_seconds=None)
+    counts = {s: sympy.Symbol(s.name, integer=True, positive=True) for s in value.free_symbols if s.name[0] in "kmnN"}
+    return value.xreplace(exact | counts | {sympy.Symbol("i"): sympy.I})
 
 
 def main() -> None:
     """Answer every line ``[truth, answer]`` until the end of input; the kernel ends this process at a limit."""
-    seconds, megabytes = float(sys.argv[1]), int(sys.argv[2])
+    limits = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
-    # Nothing that a library prints may disturb the protocol.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    replies, sys.stdout = sys.stdout, sys.stderr  # Nothing that a library prints may disturb the protocol.
     equal(r"\frac{1}{2}", r"\sqrt{x^{2}}+3")  # loads the grammar
-    print("ready", file=replies, flush=True)
-    resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+    resource.setrlimit(resource.RLIMIT_AS, (limits["megabytes"] << 20, limits["megabytes"] << 20))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
         try:
             verdict = equal(*json.loads(line))
-        except Exception:
-            # Whatever sympy raises on nonsense, RecursionError and MemoryError included: not equal.
+        except Exception:  # Whatever sympy raises on nonsense, RecursionError and MemoryError included.
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=replies, flush=True)

@@ -89,7 +89,7 @@ def make_actor(folder: Path, settings: Settings) -> None:
     tokenizer = build_tokenizer()
     task = Spelling(tokenizer)
     torch.manual_seed(settings.seed)
-    actor = Qwen3ForCausalLM(model_config(SIZES["actor"], tokenizer, **INIT))
+    actor = Qwen3ForCausalLM(model_config(SIZES["actor"] | INIT, tokenizer))
     for learn in optimize(actor, settings.actor_steps, "supervised start of the actor"):
         rows = torch.randint(len(task.prompts), (64,))
         answers = task.typed(rows, settings.careless, settings.typos)
@@ -123,7 +123,7 @@ def make_critic(folder: Path, index: int, settings: Settings) -> float:
     answers = torch.cat([sample(actor, task, batch) for batch in batches])
     rewards = (answers == task.answers[rows]).all(1).float()
 
-    config = model_config(SIZES["critic"], tokenizer, num_labels=1, classifier_dropout=0.0, **INIT)
+    config = model_config(SIZES["critic"] | INIT | {"num_labels": 1, "classifier_dropout": 0.0}, tokenizer)
     critic, next_token = Qwen3ForTokenClassification(config), nn.Linear(config.hidden_size, config.vocab_size)
     order = torch.cat([torch.randperm(len(rows)) for _ in range(settings.passes)]).split(64)
     steps = optimize(nn.ModuleList([critic, next_token]), len(order), "value pre-training" if show else "")

@@ -26,10 +26,14 @@ SIZES = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that any text can be encoded; the chat template joins the messages as they are."""
+def build_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
+    """One token a byte, so that any text can be encoded; the chat template joins the messages as they are.
+
+    Tokens that no text becomes fill a vocabulary up to ``size``.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*alphabet, *SPECIAL_TOKENS])}
+    unused = [f"<{index}>" for index in range(size - len(alphabet) - len(SPECIAL_TOKENS))]
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *unused, *SPECIAL_TOKENS])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,20 +52,19 @@ def build_model(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, se
     return Qwen3ForCausalLM(model_config(shape, tokenizer))
 
 
-def model_config(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Qwen3Config:
-    """The configuration of a model of this shape, with further settings of Qwen3."""
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        head_dim=32,
-        num_key_value_heads=shape["num_attention_heads"],
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        architectures=["Qwen3ForCausalLM"],
-        **shape,
-        **settings,
-    )
+def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """The configuration of a Qwen3 with these settings, such as a shape."""
+    config = {
+        "vocab_size": len(tokenizer),
+        "head_dim": 32,
+        "num_key_value_heads": settings["num_attention_heads"],
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    return Qwen3Config(**{**config, **settings})
 
 
 def problems(rng: random.Random, count: int) -> list[tuple[str, str]]:
@@ -142,7 +145,7 @@ def write_pairs(folder: Path, source: str, pairs: list[tuple[str, str]], *, test
         pd.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
 
 
-def make(folder: Path, *, until: float = 0.35, max_steps: int = 3000, seed: int = 0) -> None:
+def make(folder: Path, *, until: float = 0.35, max_steps: int = 3000, seed: int = 0, head_dim: int = 32) -> None:
     """Write ``actor/``, ``critic/``, ``train.parquet`` and ``test.parquet``; an interrupted run leaves nothing behind."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -150,7 +153,7 @@ def make(folder: Path, *, until: float = 0.35, max_steps: int = 3000, seed: int 
     tokenizer = build_tokenizer()
     summary = {}
     for index, (name, target) in enumerate((("actor", until), ("critic", 1.0))):
-        model = build_model(SIZES[name], tokenizer, seed + index)
+        model = build_model(SIZES[name] | {"head_dim": head_dim}, tokenizer, seed + index)
         steps = max_steps if name == "actor" else min(200, max_steps)
         summary[name] = pretrain(model, tokenizer, until=target, max_steps=steps, seed=seed + 10 * index, name=name)
         model.save_pretrained(partial / name)

@@ -5,7 +5,7 @@ once. ``FOLDER/python`` then stands for ``python``: given a script or ``-c CODE`
 as the fork; if there is no server, it becomes the real one. Ray starts its workers with it
 (``ray_kwargs.ray_init.runtime_env.py_executable``), and they start vLLM's engine with it.
 
-Not for GPUs: a process that has touched CUDA must not fork.
+On GPUs the server must not touch CUDA, which no fork would survive: it asks NVML alone, and ends if CUDA was started.
 """
 
 import contextlib
@@ -38,7 +38,6 @@ MODULES = [
     "datasets",
     "peft",
     "hydra",
-    "vllm.v1.worker.cpu_worker",
     "vllm.engine.arg_utils",
     "vllm.entrypoints.openai.cli_args",
 ]
@@ -51,21 +50,21 @@ arguments = sys.argv[1:]
 while arguments and arguments[0].startswith("-") and arguments[0] != "-c":  # such as -B, which the server has too
     arguments.pop(0)
 numbers = [int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists("/proc/self/fd/" + name)]
+request = dict(arguments=arguments, environ=dict(os.environ), folder=os.getcwd(), numbers=numbers)
 server = socket.socket(socket.AF_UNIX)
 try:
     if arguments[0] != "-c" and not arguments[0].endswith(".py"):
-        raise OSError("neither a script nor code")
+        raise ValueError("neither a script nor code")
     server.connect({address!r})
-except (OSError, IndexError):
+    socket.send_fds(server, [b" "], numbers)
+    server.sendall(json.dumps(request).encode() + b"\\n")
+    replies = server.makefile()
+    pid = int(replies.readline())
+except (OSError, ValueError, IndexError):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-request = dict(arguments=arguments, environ=dict(os.environ), folder=os.getcwd(), numbers=numbers)
-socket.send_fds(server, [b" "], numbers)
-server.sendall(json.dumps(request).encode() + b"\\n")
-replies = server.makefile()
-pid = int(replies.readline())
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: os.kill(pid, number))
-code = int(replies.readline())
+code = int(replies.readline() or 1)  # nothing comes from a server that was ended first
 if code < 0:
     signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
@@ -128,10 +127,8 @@ def become(request: Mapping[str, Any], files: list[int]) -> None:
     """Take over the client's files, environment, folder and number of threads; random numbers are this process's own."""
     import numpy
 
-    # Out of the way first: a file's number here may be that of another one there.
-    os.closerange(3, min(files))
+    # Out of the way first: a file's number here may be that of another one there. What libraries have open stays, as NVML's.
     spare = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]
-    os.closerange(3, max(files) + 1)
     for file, number in zip(spare, request["numbers"], strict=True):
         os.dup2(file, number)
         os.close(file)
@@ -173,6 +170,14 @@ def run(arguments: list[str]) -> None:
     exec(compile(source, name, "exec"), main.__dict__)
 
 
+def has_started_cuda() -> bool:
+    """True if this process has asked CUDA's driver for anything; NVML, which vLLM asks, does not need that device file."""
+    import psutil
+    import torch
+
+    return torch.cuda.is_initialized() or any("nvidia-uvm" in m.path for m in psutil.Process().memory_maps())
+
+
 def main() -> None:
     folder = sys.argv[1]
     program, address = Path(folder, "python"), f"{folder}/fork_server"
@@ -183,9 +188,13 @@ def main() -> None:
     program.write_text(CLIENT.format(python=sys.executable, address=address))
     program.chmod(0o700)
     multiprocessing.set_executable(str(program))
-    cpu.set_environment()
-    for name in MODULES:
+    if cpu.is_selected():
+        cpu.set_environment()
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    for name in [*MODULES, f"vllm.v1.worker.{'cpu' if cpu.is_selected() else 'gpu'}_worker"]:
         importlib.import_module(name)
+    if has_started_cuda():
+        sys.exit("fork_server: an import has started CUDA")
     request, files = serve(listener)
     become(request, files)
     run(request["arguments"])

@@ -1,0 +1,112 @@
+"""``python -m recipe.asyppo.study ROW ...``: run rows of the study, as many runs at once as a stack holds.
+
+A run that is done is not run again; Ctrl-C or ``--seconds`` lose only the stack in progress.
+``--list`` shows the rows and how far they are; ``report`` in place of a row writes tables and plots into docs/study.md.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from recipe.asyppo.one_page import Models
+from recipe.asyppo.study import engine, report, rows, tasks
+from recipe.asyppo.study.rows import Seeds, Store
+
+
+def starting_model(task: tasks.Task, folder: Path, size: tuple[int, int]) -> Models:
+    """The task's language model of a size, made once and kept in the folder."""
+    path = folder / f"start_{task.name}_{size[0]}x{size[1]}.pt"
+    if not path.exists():
+        model = tasks.starting_model(task, size)
+        torch.save({name: weight.detach().cpu() for name, weight in model.weights.items()}, path)
+    weights = torch.load(path, weights_only=True, map_location=torch.get_default_device())
+    return Models([weights], [0.0])
+
+
+def machine() -> str:
+    return torch.cuda.get_device_name() if torch.get_default_device().type == "cuda" else platform.processor() or "CPU"
+
+
+def commit() -> str:
+    """The commit of this checkout; ``COMMIT`` of the environment names it where there is none."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
+
+
+def run_row(row: str, store: Store, seeds: Seeds, *, stack: int, has_time: Callable[[], bool]) -> bool:
+    """Run what the row lacks; False if time ran out before its end."""
+    name, needed = rows.runs_of(row, store, seeds)
+    task = tasks.TASKS[name]
+    missing = sorted((run for run in needed if store.line(name, run) is None), key=engine.kind)
+    start = partial(starting_model, task, store.path.parent)
+    for alike in [list(group) for _, group in groupby(missing, lambda run: run.free_steps)]:
+        for first in range(0, len(alike), stack):
+            runs, began = alike[first : first + stack], time.perf_counter()
+            with tqdm(total=store.steps, desc=f"{row}: {len(runs)} of {len(missing)} runs", mininterval=2) as bar:
+                history = engine.train(
+                    task,
+                    runs,
+                    start,
+                    steps=store.steps,
+                    may_go_on=lambda step, bar=bar: bar.update(step > 0) or has_time(),
+                )
+            save(store, name, runs, history, (time.perf_counter() - began) / len(runs))
+            if len(history) < store.steps:
+                return False
+    return True
+
+
+def save(store: Store, task: str, runs: Sequence[engine.Run], history: list[list[dict]], seconds: float) -> None:
+    """A line for every run, also of those that were stopped: their beginning may be all that a row needs."""
+    for index, run in enumerate(runs if history else []):
+        series = {metric: [round(step[index][metric], 4) for step in history] for metric in history[0][index]}
+        facts = {"seconds": round(seconds, 2), "machine": machine(), "commit": commit()}
+        store.add(task, run, series.pop("reward"), metrics=series, **facts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m recipe.asyppo.study", description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", help="rows, in order, or: report")
+    parser.add_argument("--list", action="store_true", help="show the rows and how far they are")
+    parser.add_argument("--seeds", type=int, default=6, help="seeds that are reported")
+    parser.add_argument("--tuning-seeds", type=int, default=2, help="other seeds that choose the learning rates")
+    parser.add_argument("--steps", type=int, default=25, help="of 256 responses")
+    parser.add_argument("--stack", type=int, default=192, help="runs at once")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", type=Path, default=Path("runs/study"))
+    parser.add_argument("--document", type=Path, default=Path("docs/study.md"))
+    options = parser.parse_args(arguments)
+    end = time.monotonic() + options.seconds
+    seeds = Seeds(tuple(range(options.seeds)), tuple(range(100, 100 + options.tuning_seeds)))
+    store = Store(options.folder, steps=options.steps)
+    torch.set_default_device(options.device)
+    torch.set_float32_matmul_precision("high")
+    if options.list:
+        print("\n".join(report.progress(store, seeds)))
+    elif options.rows == ["report"]:
+        report.write(store, seeds, options.document)
+    for row in options.rows if options.rows != ["report"] else []:
+        try:
+            finished = run_row(row, store, seeds, stack=options.stack, has_time=lambda: time.monotonic() < end)
+        except ValueError as error:
+            sys.exit(str(error))
+        if not finished:
+            print(f"time is up in {row}; the same command goes on from here")
+            break
+
+
+if __name__ == "__main__":
+    main()

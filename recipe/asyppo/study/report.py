@@ -1,0 +1,163 @@
+"""Tables and plots of the study, from its finished runs, into docs/study.md between two marks."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+from recipe.asyppo.study import rows
+from recipe.asyppo.study.engine import Run
+from recipe.asyppo.study.rows import ABLATIONS, ALGORITHMS, Seeds, Store
+from recipe.asyppo.study.tasks import TASKS
+
+BEGIN, END = "<!-- results: written by python -m recipe.asyppo.study report -->", "<!-- end of results -->"
+FITNESS = rows.WITHOUT_CRITICS
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
+
+
+def interval(numbers: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval, by Student's t; at least two numbers."""
+    quantile = T_QUANTILES[min(len(numbers) - 1, len(T_QUANTILES)) - 1]
+    return fmean(numbers), quantile * stdev(numbers) / len(numbers) ** 0.5
+
+
+def shown(numbers: Sequence[float] | None, sign: str = "") -> str:
+    if numbers is None:
+        return "not run"
+    mean, half = interval(numbers)
+    return f"{mean:{sign}.3f} ± {half:.3f}"
+
+
+def differences(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> list[float] | None:
+    """Differences by seed; None where one side is missing."""
+    return None if ours is None or theirs is None else [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def progress(store: Store, seeds: Seeds) -> list[str]:
+    """A line for every row: how many of its runs are done."""
+    lines = []
+    for row in rows.rows():
+        try:
+            task, runs = rows.runs_of(row, store, seeds)
+        except ValueError as error:
+            lines.append(f"{row:22} {str(error).partition(' needs ')[2] and 'after tuning-' + row.partition('-')[2]}")
+        else:
+            lines.append(f"{row:22} {sum(store.line(task, run) is not None for run in runs)} of {len(runs)} runs")
+    return lines
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
+    """Scores of what needs no learned critics, at every actor learning rate."""
+    body = [
+        [f"{lr:g}", *(shown(store.scores(task, replace(ALGORITHMS[a], actor_lr=lr), seeds.main)) for a in FITNESS)]
+        for lr in rows.ACTOR_LRS
+    ]
+    return table(["actor lr", *FITNESS], body)
+
+
+def setting(run: Run | None, algorithm: str) -> str:
+    if run is None:
+        return "not tuned"
+    critics = f", critic lr {run.critic_lr:g}, pre-training {run.critic_warmup} steps" if run.num_critics else ""
+    return f"actor lr {run.actor_lr:g}{critics}"
+
+
+def mean_metric(store: Store, task: str, run: Run, seeds: Seeds, metric: str) -> str:
+    """A metric over the last fifth of the run, averaged over the seeds; a dash where there is none."""
+    lines = [store.line(task, replace(run, seed=seed)) for seed in seeds.main]
+    series = [line["metrics"].get(metric) for line in lines if line]
+    fifth = slice(store.steps - max(1, store.steps // 5), store.steps)
+    return f"{fmean(fmean(numbers[fifth]) for numbers in series):.2f}" if series and all(series) else "-"
+
+
+def comparison(store: Store, task: str, seeds: Seeds) -> str:
+    """Every algorithm at its tuned setting, on the main seeds, against GRPO seed by seed."""
+    tuned = {algorithm: rows.best(store, task, algorithm, seeds) for algorithm in ALGORITHMS}
+    scores = {a: run and store.scores(task, run, seeds.main) for a, run in tuned.items()}
+    body = [
+        [
+            algorithm,
+            shown(scores[algorithm]),
+            shown(differences(scores[algorithm], scores["grpo"]), "+"),
+            mean_metric(store, task, run, seeds, "explained_var") if run else "-",
+            mean_metric(store, task, run, seeds, "masked_to_kept") if run else "-",
+            setting(run, algorithm),
+        ]
+        for algorithm, run in tuned.items()
+    ]
+    head = ["algorithm", "score", "less GRPO's", "explained variance", "masked to kept", "tuned setting"]
+    return table(head, body)
+
+
+def ablation(store: Store, task: str, seeds: Seeds, name: str) -> str | None:
+    """The variants of one ablation against its first; None if nothing of it has run."""
+    tuned = rows.best(store, task, "asyppo", seeds)
+    if tuned is None:
+        return None
+    variants = rows.ablations(tuned)[name]
+    scores = {variant: store.scores(task, run, seeds.main) for variant, run in variants.items()}
+    first = next(iter(scores.values()))
+    if all(numbers is None for numbers in list(scores.values())[1:]):
+        return None
+    body = [
+        [
+            variant,
+            shown(numbers),
+            shown(differences(numbers, first), "+"),
+            mean_metric(store, task, variants[variant], seeds, "explained_var"),
+        ]
+        for variant, numbers in scores.items()
+    ]
+    return table([name, "score", "less the first's", "explained variance"], body)
+
+
+def plot(store: Store, seeds: Seeds, path: Path) -> None:
+    """Reward by responses of every algorithm at its tuned setting, mean of the seeds; a panel for each task."""
+    import matplotlib.pyplot as plt
+
+    size = (4.5 * len(TASKS), 3.5)
+    figure, axes = plt.subplots(1, len(TASKS), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], TASKS, strict=True):
+        for algorithm in ALGORITHMS:
+            run = rows.best(store, task, algorithm, seeds)
+            lines = [store.line(task, replace(run, seed=seed)) for seed in seeds.main] if run else [None]
+            if None in lines:
+                continue
+            curve = [fmean(step) for step in zip(*(line["curve"][: store.steps] for line in lines), strict=True)]
+            smooth = [fmean(curve[max(0, i - 1) : i + 1]) for i in range(len(curve))]
+            axis.plot([run.prompts * run.responses * (i + 1) for i in range(len(curve))], smooth, label=algorithm)
+        axis.set(title=task, xlabel="responses", ylim=(0, 1))
+    axes[0, 0].set_ylabel("reward")
+    axes[0, 0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def results(store: Store, seeds: Seeds) -> str:
+    """All tables as Markdown."""
+    parts = []
+    for task in TASKS:
+        parts += [f"### {task}", comparison(store, task, seeds), "Score by learning rate:"]
+        parts += [by_learning_rate(store, task, seeds)]
+        tables = {name: ablation(store, task, seeds, name) for name in ABLATIONS}
+        parts += [text for text in tables.values() if text]
+        missing = [name for name, text in tables.items() if text is None]
+        parts += [f"Not run on this task: {', '.join(missing)}."] if missing else []
+    seen = {(line["machine"], line["commit"]) for line in store.done.values()}
+    parts += [f"{len(store.done)} runs, on " + "; ".join(f"{m} at commit {c}" for m, c in sorted(seen)) + "."]
+    return "\n\n".join(parts)
+
+
+def write(store: Store, seeds: Seeds, document: Path) -> None:
+    """Put tables and plot into the document, between its two marks."""
+    before, _, rest = document.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    plot(store, seeds, document.parent / "study" / "curves.png")
+    picture = "![Reward by responses, mean of the seeds](study/curves.png)"
+    document.write_text("\n\n".join([before + BEGIN, picture, results(store, seeds), END + after]))

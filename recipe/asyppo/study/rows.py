@@ -1,0 +1,173 @@
+"""The rows of the study: which runs each needs. A row may rest on earlier ones: the learning rates come from the tuning.
+
+Every run has its line in ``runs.jsonl``; two rows that need the same run share it.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+
+from recipe.asyppo.study.engine import Run
+from recipe.asyppo.study.tasks import TASKS, Task
+
+ACTOR_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
+LEARNED_LRS = (5e-4, 1e-3)  # with critics; the others were too slow or broke, with the oracle as with GRPO
+CRITIC_LRS = (1e-3, 3e-3)
+WARMUPS = (0, 5)  # steps of value pre-training, out of the same budget
+ALGORITHMS = {
+    "grpo": Run(num_critics=0),
+    "oracle": Run(num_critics=0, is_oracle=True),
+    "oracle lam=0": Run(num_critics=0, is_oracle=True, lam=0.0),
+    "ppo": Run(num_critics=1, critic_size=Task("").actor_size),
+    "ppo_small_critic": Run(num_critics=1),
+    "asyppo": Run(num_critics=2),
+}
+WITHOUT_CRITICS = ("grpo", "oracle", "oracle lam=0")
+LEARNED = ("ppo", "ppo_small_critic", "asyppo")
+
+
+def key(task: str, run: Run) -> str:
+    """One text for one run: all its settings."""
+    return json.dumps([task, asdict(run)], sort_keys=True)
+
+
+class Store:
+    """The runs of a folder, a JSON line each. A long one holds a short one as its beginning: learning rates are constant."""
+
+    def __init__(self, folder: Path, *, steps: int) -> None:
+        self.path, self.steps = folder / "runs.jsonl", steps
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {line["key"]: line for line in map(json.loads, lines)}
+
+    def add(self, task: str, run: Run, curve: Sequence[float], **facts: object) -> None:
+        line = {"key": key(task, run), "curve": [round(reward, 4) for reward in curve], **facts}
+        self.done[line["key"]] = line
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def line(self, task: str, run: Run) -> dict | None:
+        """The run's line, if it has as many steps as are asked for."""
+        line = self.done.get(key(task, run))
+        return line if line and len(line["curve"]) >= self.steps else None
+
+    def score(self, task: str, run: Run) -> float | None:
+        """Mean reward in the last fifth of the steps that are asked for; None for a run that is not there."""
+        line = self.line(task, run)
+        return line and fmean(line["curve"][self.steps - max(1, self.steps // 5) : self.steps])
+
+    def scores(self, task: str, setting: Run, seeds: Iterable[int]) -> list[float] | None:
+        """Scores of a setting by seed; None if one is missing."""
+        scores = [self.score(task, replace(setting, seed=seed)) for seed in seeds]
+        return None if None in scores else scores
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Seeds that choose the learning rates, and others that are reported."""
+
+    main: tuple[int, ...] = tuple(range(6))
+    tuning: tuple[int, ...] = (100, 101)
+
+
+def grid(algorithm: str) -> list[Run]:
+    """The settings among which an algorithm's is chosen."""
+    base = ALGORITHMS[algorithm]
+    if algorithm in WITHOUT_CRITICS:
+        return [replace(base, actor_lr=lr) for lr in ACTOR_LRS]
+    return [
+        replace(base, actor_lr=lr, critic_lr=critic_lr, critic_warmup=warmup)
+        for lr, critic_lr, warmup in product(LEARNED_LRS, CRITIC_LRS, WARMUPS)
+    ]
+
+
+def best(store: Store, task: str, algorithm: str, seeds: Seeds) -> Run | None:
+    """The setting with the highest mean score on the tuning seeds; None before they are there."""
+    scores = {run: store.scores(task, run, seeds.tuning) for run in grid(algorithm)}
+    if None in scores.values():
+        return None
+    return max(scores, key=lambda run: fmean(scores[run]))
+
+
+def ablations(run: Run) -> dict[str, dict[str, Run]]:
+    """Variants of a tuned AsyPPO run, by row and name; the first of a row is what the others are compared with."""
+    shares = (0.0, 0.05, 0.2, 0.4)
+    masked = replace(run, entropy_filter_fraction=0.0)
+    bare = replace(masked, adv_mask_fraction=0.0)
+    kh = {
+        f"k={k} h={h}": replace(run, adv_mask_fraction=k, entropy_filter_fraction=h) for k, h in product(shares, shares)
+    }
+    return {
+        "pretraining": {
+            f"{algorithm}, {steps} steps before": replace(base, critic_warmup=0, free_steps=steps)
+            for steps in (0, 100, 25, 400)
+            for algorithm, base in (("asyppo", run), ("masks off", bare))
+        },
+        "masks": {
+            "both": run,
+            "masks off": bare,
+            "mask alone": masked,
+            "filter alone": replace(run, adv_mask_fraction=0.0),
+        },
+        "shares": {"k=0.2 h=0.2": run} | kh,
+        "shard": {shard: replace(run, shard=shard) for shard in ("group", "prompt", "none", "half")},
+        "number": {
+            f"M={m} of {size[0]} x {size[1]}": replace(run, num_critics=m, critic_size=size)
+            for m, size in ((2, (32, 2)), (1, (32, 2)), (4, (32, 2)), (1, (48, 2)), (4, (16, 2)))
+        },
+        "mask_by": {by: replace(masked, mask_by=by) for by in ("sigma", "highest", "random", "entropy")}
+        | {"no mask": bare},
+        "lambdas": {
+            f"lam={lam} critic_lam={critic_lam}": replace(run, lam=lam, critic_lam=critic_lam)
+            for lam, critic_lam in ((0.95, 1.0), (0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (1.0, 1.0), (0.95, 0.95))
+        },
+        "warmup": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 2, 5, 10)},
+        "critic_size": {
+            f"{width} x {layers}": replace(run, critic_size=(width, layers))
+            for width, layers in ((32, 2), (16, 1), (16, 2), (48, 2), (64, 3))
+        },
+    }
+
+
+ABLATIONS = tuple(ablations(ALGORITHMS["asyppo"]))
+
+
+def runs_of(row: str, store: Store, seeds: Seeds) -> tuple[str, list[Run]]:
+    """The task and the runs of a row, such as ``fitness-plain``.
+
+    Raises:
+        ValueError: for a row that is unknown, or rests on one that has not run.
+    """
+    name, _, task = row.partition("-")
+    if task not in TASKS or name not in NAMES:
+        raise ValueError(f"row {row!r} is none of: {', '.join(rows())}")
+    if name == "fitness":
+        settings = [run for algorithm in WITHOUT_CRITICS for run in grid(algorithm)]
+        return task, with_seeds(settings, seeds.tuning + seeds.main)
+    if name == "tuning":
+        return task, with_seeds([run for algorithm in LEARNED for run in grid(algorithm)], seeds.tuning)
+    algorithms = LEARNED if name == "main" else ("asyppo",)
+    tuned = [best(store, task, algorithm, seeds) for algorithm in algorithms]
+    if None in tuned:
+        raise ValueError(f"row {row!r} needs tuning-{task} first")
+    if name == "main":
+        return task, with_seeds(tuned, seeds.main)
+    variants = ablations(tuned[0])
+    chosen = variants.values() if name == "ablations" else [variants[name]]
+    settings = [run for row_variants in chosen for run in row_variants.values()]
+    return task, with_seeds(settings, seeds.main)
+
+
+def with_seeds(settings: Iterable[Run], seeds: Iterable[int]) -> list[Run]:
+    return [replace(run, seed=seed) for run, seed in product(dict.fromkeys(settings), seeds)]
+
+
+NAMES = ("fitness", "tuning", "main", *ABLATIONS, "ablations")  # the last: all ablations in one stack
+
+
+def rows() -> list[str]:
+    """All rows, the most important first."""
+    return [f"{name}-{task}" for name in NAMES for task in TASKS]

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# See AsyPPO train on one GPU, in about ten minutes after installation and without a network: the doctor, the toy task with
+# SIGKILL and resume, the Qwen3 recipe with random weights against GRPO. Ends with a table and one line of JSON.
+#
+#   Hardware  one NVIDIA GPU: 4B actor from 120 GiB, 1.7B from 70 GiB, 0.6B from 20 GiB; 16 cores, 64 GB of memory
+# Usage: bash scripts/accept_gpu.sh [FOLDER], which keeps logs and models (default runs/accept_gpu)
+#   PYTHON=...        interpreter (default .venv/bin/python if there, else python3)
+#   VERL_PLATFORM=cpu tiny shapes on a CPU, to try the script itself
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # as in recipe/asyppo/cpu.sh
+exec "$PYTHON" -m recipe.asyppo.acceptance "$@"

@@ -1,0 +1,183 @@
+"""The study: its credit is the one page's, its oracle the truth, and its rows resume."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from asyppo_verl import asyppo
+from recipe.asyppo import one_page
+from recipe.asyppo.study import __main__ as command
+from recipe.asyppo.study import engine, report, rows, tasks
+from recipe.asyppo.study.engine import Run
+from recipe.asyppo.study.rows import Seeds, Store
+from recipe.asyppo.study.tasks import Task
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+TINY = {"symbols": 12, "answers": 3, "actor_size": (16, 1), "supervised_steps": 3, "demonstrations": 16}
+
+
+def holes(runs: int, responses: int, length: int) -> torch.Tensor:
+    """Response tokens (R, B, T) of random lengths, at least one each."""
+    return torch.arange(length) < torch.randint(1, length + 1, (runs, responses, 1))
+
+
+@pytest.mark.parametrize("critics", [0, 1, 2, 4])
+def test_the_credit_of_many_runs_is_that_of_the_one_page(critics):
+    torch.manual_seed(critics)
+    is_response = holes(3, 8, 5)
+    rewards = torch.rand(3, 8, 5) * is_response
+    values = torch.rand(critics, 3, 8, 5)
+    runs = [
+        Run(num_critics=critics, responses=4, lam=lam, adv_mask_fraction=k)
+        for lam, k in ((0.0, 0.2), (0.9, 0.4), (1.0, 0.0))
+    ]
+    *ours, metrics = engine.credit(runs, rewards, values, rewards, is_response)
+    for r, run in enumerate(runs):
+        *theirs, page = one_page.credit(run, rewards[r], values[:, r], is_response[r])
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine[r] * is_response[r], other * is_response[r], **CLOSE)
+        if critics > 1 and run.adv_mask_fraction:
+            ratio = page["asyppo/adv_abs_masked"] / page["asyppo/adv_abs_kept"]
+            assert metrics["masked_to_kept"][r] == pytest.approx(ratio, rel=1e-4)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_the_selection_of_many_runs_is_the_methods(largest):
+    torch.manual_seed(0)
+    fractions = [0.0, 0.2, 0.29, 0.5, 0.2]
+    score, is_response = torch.randint(4, (5, 20, 5)).float(), holes(5, 20, 5)  # ties everywhere
+    score[4] = 0  # no signal
+    ours = engine.keep(score, is_response, fractions, largest=largest)
+    theirs = asyppo.keep_entropy if largest else asyppo.keep_advantage
+    for r, fraction in enumerate(fractions):
+        assert torch.equal(ours[r], theirs(score[r], is_response[r], fraction=fraction))
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_the_oracles_values_are_the_mean_of_many_continuations(is_checked, is_exact):
+    """From every prefix of one response, 4,000 continuations, graded as the task does."""
+    torch.manual_seed(0)
+    task = Task("", is_checked=is_checked, is_exact=is_exact, **TINY)
+    prompts = task.draw_prompts(1, torch.Generator().manual_seed(1)).expand(4000, -1)
+    right, wrong, _ = (x[prompts - tasks.FIRST_SYMBOL] for x in task.table())
+    chance, is_right = torch.tensor([0.9, 0.5, 0.7]), torch.tensor([True, True, False])
+    values = tasks.oracle_values(task, is_right[None, None], chance[None, None])[0, 0]
+    for t in range(task.response_length):
+        answered = (t + task.stride - 1) // task.stride
+        drawn = torch.rand(4000, task.answers) < chance
+        drawn[:, :answered] = is_right[:answered]
+        response = torch.where(drawn, right, wrong).repeat_interleave(task.stride, 1)
+        _, rewards = task.grade(torch.cat([prompts, response], 1)[None])
+        assert float(values[t]) == pytest.approx(float(rewards.mean()), abs=0.03)
+
+
+def test_the_chances_are_the_shares_of_right_answers():
+    """Of 4,000 responses to one prompt, sampled by the actor; every one is told the same chances."""
+    task = Task("", **TINY)
+    actor = tasks.starting_model(task, task.actor_size)
+    prompts = task.draw_prompts(1, torch.Generator().manual_seed(1)).expand(1, 4000, -1)
+    with torch.no_grad():
+        tokens, _, is_response = one_page.sample(actor, prompts, task.response_length)
+        chance = tasks.chances(task, actor, tokens, 4000)
+    shares = task.grade(tokens)[0][0][is_response[0].all(-1)].float().mean(0)
+    assert torch.equal(chance[0, 0], chance[0, -1])
+    torch.testing.assert_close(chance[0, 0], shares, rtol=0, atol=0.03)
+
+
+def test_the_grade_and_the_demonstrations_agree():
+    task = Task("", is_checked=True, **TINY, chance=(1.0, 1.0))
+    prompts = task.draw_prompts(6, torch.Generator().manual_seed(0))
+    responses = task.demonstrate(prompts)
+    is_right, rewards = task.grade(torch.cat([prompts, responses], 1)[None])
+    assert is_right.all() and (rewards == 1).all() and (responses[:, 1::2] == tasks.RIGHT).all()
+    responses[0, 2] = task.table()[1][prompts[0, 1] - tasks.FIRST_SYMBOL]
+    is_right, rewards = task.grade(torch.cat([prompts, responses], 1)[None])
+    assert is_right[0, 0].tolist() == [True, False, True] and float(rewards[0, 0]) == pytest.approx(2 / 3)
+    assert float(replace(task, is_exact=True).grade(torch.cat([prompts, responses], 1)[None])[1][0, 0]) == 0
+
+
+def test_runs_with_unlike_critics_train_side_by_side():
+    """Each as it does alone: GRPO's rewards do not change with what else is in the stack."""
+    task = Task("", is_checked=True, **TINY)
+    start = partial(tasks.starting_model, task)
+    small = {"prompts": 2, "mini_batches": 1, "actor_lr": 1e-2}
+    both = [Run(num_critics=0, **small), Run(num_critics=2, critic_size=(16, 1), critic_warmup=9, seed=1, **small)]
+    history = engine.train(task, both, start, steps=3)
+    assert "explained_var" in history[0][1] and "explained_var" not in history[0][0] and len(history) == 3
+    trainer = engine.Trainer(task, both, start)
+    before = {name: weight.clone() for name, weight in trainer.actors.weights.items()}
+    trainer.step()
+    for name, weight in trainer.actors.weights.items():
+        assert torch.equal(weight[1], before[name][1])  # value pre-training: the actor rests
+        assert not torch.equal(weight[0], before[name][0])
+
+
+def test_equal_data_for_each_critic():
+    runs = [Run(num_critics=2, shard=shard, prompts=2, responses=4) for shard in ("group", "prompt", "none", "half")]
+    own = engine.owners(runs)[..., 0].view(2, 4, 8).sum(-1)  # responses of each critic
+    assert own[:, 0].tolist() == [4, 4] and own[:, 2].tolist() == [8, 8] and own[:, 3].tolist() == [4, 4]
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """The command on a tiny task and grid, and the folder of its runs."""
+    monkeypatch.setattr(tasks, "TASKS", {"plain": Task("plain", **TINY)})
+    monkeypatch.setattr(rows, "TASKS", tasks.TASKS)
+    monkeypatch.setattr(report, "TASKS", tasks.TASKS)
+    for name, algorithm in rows.ALGORITHMS.items():
+        small = replace(algorithm, prompts=2, responses=4, mini_batches=1, critic_size=(16, 1 + (name == "ppo")))
+        monkeypatch.setitem(rows.ALGORITHMS, name, small)
+    monkeypatch.setattr(rows, "ACTOR_LRS", (1e-3, 2e-3))
+    monkeypatch.setattr(rows, "LEARNED_LRS", (1e-3, 2e-3))
+    monkeypatch.setattr(rows, "CRITIC_LRS", (1e-3,))
+    monkeypatch.setattr(rows, "WARMUPS", (0,))
+    document = tmp_path / "study.md"
+    document.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+
+    def run(*arguments: str) -> list[dict]:
+        settings = ["--steps=2", "--seeds=2", "--tuning-seeds=1", "--device=cpu", f"--folder={tmp_path}"]
+        command.main([*arguments, *settings, f"--document={document}"])
+        path = tmp_path / "runs.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    return run, document
+
+
+def test_rows_resume_and_report(study, capsys):
+    run, document = study
+    assert run("fitness-plain", "--seconds=0") == []
+    fitness = run("fitness-plain", "--stack=4")
+    assert len(fitness) == 2 * 3 * 3 and all(len(line["curve"]) == 2 for line in fitness)
+    assert run("fitness-plain") == fitness
+    with pytest.raises(SystemExit, match="needs tuning-plain first"):
+        run("main-plain")
+    tuned = run("tuning-plain")
+    assert tuned[: len(fitness)] == fitness
+    main = run("main-plain", "masks-plain")
+    assert len({line["key"] for line in main}) == len(main) == len(tuned) + 3 * 2 + 3 * 2
+    run("--list")
+    assert "masks-plain            8 of 8 runs" in capsys.readouterr().out
+    run("report")
+    text = document.read_text()
+    assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text
+    assert "| asyppo | " in text and "mask alone" in text and "Not run on this task: shard" in text
+    run("report")
+    assert document.read_text() == text
+    with pytest.raises(SystemExit, match="is none of"):
+        run("fitness-unknown")
+
+
+def test_intervals_and_the_choice_of_settings(tmp_path):
+    """Mean 2, deviation 1, three numbers: half a width of 4.303 / sqrt(3). The best setting is that of the tuning seeds."""
+    mean, half = report.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
+    store, seeds = Store(tmp_path, steps=1), Seeds(main=(0,), tuning=(100,))
+    for index, run in enumerate(rows.grid("grpo")):
+        store.add("plain", replace(run, seed=100), [index == 2])
+        store.add("plain", replace(run, seed=0), [index == 4])
+    assert rows.best(Store(tmp_path, steps=1), "plain", "grpo", seeds).actor_lr == rows.ACTOR_LRS[2]
+    assert rows.best(store, "plain", "ppo", seeds) is None
