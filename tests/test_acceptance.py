@@ -19,7 +19,7 @@ def test_accept_gpu_on_a_cpu(root, toy, tmp_path):
     )
     report = json.loads(run.stdout.splitlines()[-1])
     checks = report["checks"]
-    assert len(checks) == 10, run.stdout + run.stderr[-3000:]
+    assert len(checks) == 11, run.stdout + run.stderr[-3000:]
     # Six steps of 128 responses are too few for the reward to rise for certain, or for a critic to be better than a constant.
     may_fail = {name for name in checks if "rises" in name or "learns" in name}
     assert all(checks[name] for name in checks if name not in may_fail), run.stdout

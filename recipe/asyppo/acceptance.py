@@ -6,9 +6,11 @@ are made with tiny shapes, to try the script itself.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -112,13 +114,15 @@ def make(folder: Path, machine: Machine) -> None:
     tokenizer = make_toy.build_tokenizer(shapes["actor"].vocab)
     torch.set_default_dtype(torch.bfloat16)
     for index, (role, shape) in enumerate(shapes.items()):
-        if (folder / role / "config.json").exists():
+        made = folder / role / "made"
+        if made.exists() and made.read_text() == repr(shape):
             continue
         widths = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
         heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
         rest = {"num_hidden_layers": shape.layers, "tie_word_embeddings": shape.tied, "rope_theta": 1e6}
         make_toy.build_model(widths | heads | rest, tokenizer, index).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
+        made.write_text(repr(shape))
     rng = random.Random(0)
     prompts = ["".join(rng.choices("abcdefghij ", k=rng.randint(100, 240))) for _ in range(512)]
     answers = {"data_source": "random", "reward_model": {"style": "rule", "ground_truth": ""}}
@@ -132,12 +136,20 @@ class Recipe:
 
     def __init__(self, folder: Path, name: str, variables: Mapping[str, Any], overrides: Sequence[str]) -> None:
         self.run_dir, self.log = folder / name, folder / f"{name}.log"
-        common = {"N_GPUS": 1, "N": 8, "VAL_BEFORE_TRAIN": False, "TEST_FREQ": -1, "GPU_MEMORY_UTILIZATION": 0.25}
+        common: dict[str, Any] = {
+            "N_GPUS": 1,
+            "N": 8,
+            "VAL_BEFORE_TRAIN": False,
+            "TEST_FREQ": -1,
+            "GPU_MEMORY_UTILIZATION": 0.25,
+        }
         common |= {"PYTHON": sys.executable, "RUN_DIR": self.run_dir}
-        self.environment = os.environ | {key: str(value) for key, value in (common | variables).items()}
+        self.environment = os.environ | {key: str(value) for key, value in {**common, **variables}.items()}
         few = [] if os.environ.get("VERL_PLATFORM") == "cpu" else FEW_PROCESSES
         self.command = ["bash", str(SCRIPT), *few, *overrides]
         self.seconds_to_first_step = 0.0
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
 
     def run(self, limit: float, kill_after: int | None = None) -> int | None:
         """Run to the end, or kill all its processes after a step; returns the exit code, None if it was killed."""
@@ -170,7 +182,7 @@ def kill(script: subprocess.Popen) -> None:
     """SIGKILL to a script and all that it started, at once, as when a machine is lost."""
     processes = [*psutil.Process(script.pid).children(recursive=True), psutil.Process(script.pid)]
     for process in processes:
-        if process.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended with another one
             process.kill()
     script.wait()
     psutil.wait_procs(processes, timeout=30)
@@ -196,7 +208,13 @@ def check_doctor(folder: Path, check: Checks) -> None:
 def check_toy(folder: Path, machine: Machine, check: Checks) -> dict[str, float]:
     """Train the toy, kill the run, resume it; returns rewards and how long the first step took to begin."""
     toy, prompts, resumed = folder / "toy", machine.toy_prompts, machine.toy_kill // machine.toy_save * machine.toy_save
-    variables = {"PROMPTS": prompts, "MAX_PROMPT": 16, "MAX_RESPONSE": 8, "ACTOR_LR": 2e-4, "CRITIC_LR": 1e-3}
+    variables: dict[str, Any] = {
+        "PROMPTS": prompts,
+        "MAX_PROMPT": 16,
+        "MAX_RESPONSE": 8,
+        "ACTOR_LR": 2e-4,
+        "CRITIC_LR": 1e-3,
+    }
     variables |= {"STEPS": machine.toy_steps, "SAVE_FREQ": machine.toy_save}
     variables |= {"TRAIN_FILES": toy / "train.parquet", "VAL_FILES": toy / "test.parquet"}
     variables |= {"ACTOR_MODEL": toy / "actor", "CRITIC_MODEL": toy / "critic"}
@@ -233,7 +251,13 @@ def check_toy(folder: Path, machine: Machine, check: Checks) -> dict[str, float]
 def check_recipe(folder: Path, machine: Machine, algorithm: str, check: Checks) -> dict[str, Any]:
     """Train a few steps; returns seconds of each phase (medians without the first step) and peak memory in GiB."""
     tokens = {"LOG_PROB_TOKENS": machine.log_prob_tokens, "CRITIC_TOKENS": machine.log_prob_tokens}
-    variables = {"ALGO": algorithm, "PROMPTS": 4, "MAX_PROMPT": 256, "MAX_RESPONSE": machine.response, **tokens}
+    variables: dict[str, Any] = {
+        "ALGO": algorithm,
+        "PROMPTS": 4,
+        "MAX_PROMPT": 256,
+        "MAX_RESPONSE": machine.response,
+        **tokens,
+    }
     variables |= {"STEPS": machine.steps, "SAVE_FREQ": -1, "FAST_START": 1, "ACTOR_TOKENS": machine.tokens}
     variables |= {"ACTOR_MODEL": folder / "actor", "CRITIC_MODEL": folder / "critic", "REWARD": folder / "reward.py"}
     variables |= {"TRAIN_FILES": folder / "prompts.parquet", "VAL_FILES": folder / "prompts.parquet"}

@@ -18,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from asyppo_verl.checkpoint import latest_step
 from recipe.asyppo import fork_server
@@ -112,9 +112,14 @@ def private_tmpdir() -> Iterator[dict[str, str]]:
         return
     # A short name, since Ray's sockets lie below it; what is still being written to it must not keep it from going.
     with tempfile.TemporaryDirectory(prefix="asyppo-ray-", ignore_cleanup_errors=True) as folder:
-        environment = {**os.environ, "TMPDIR": folder}
-        with fork_server.running(folder, environment):
-            yield environment
+        yield {**os.environ, "TMPDIR": folder}
+
+
+def forking(environment: Mapping[str, str], log: IO[str]) -> contextlib.AbstractContextManager[None]:
+    """Run a fork server for a command that has a temporary folder of its own, where Ray is told to look for it."""
+    if not os.environ.get(PRIVATE_TMPDIR):
+        return contextlib.nullcontext()
+    return fork_server.running(environment["TMPDIR"], environment, log)
 
 
 @contextlib.contextmanager
@@ -145,6 +150,7 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
     with (
         private_tmpdir() as environment,
         open(run_dir / "log", "a") as log,
+        forking(environment, log),
         subprocess.Popen(
             command,
             env={**environment, "VERL_FILE_LOGGER_PATH": str(run_dir / "metrics.jsonl"), "PYTHONUNBUFFERED": "1"},

@@ -46,7 +46,7 @@ def build_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+def build_model(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 of a shape such as those in :data:`SIZES`."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(model_config(shape, tokenizer))
