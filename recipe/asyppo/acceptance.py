@@ -6,9 +6,11 @@ are made with tiny shapes, to try the script itself.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -112,13 +114,15 @@ def make(folder: Path, machine: Machine) -> None:
     tokenizer = make_toy.build_tokenizer(shapes["actor"].vocab)
     torch.set_default_dtype(torch.bfloat16)
     for index, (role, shape) in enumerate(shapes.items()):
-        if (folder / role / "config.json").exists():
+        made = folder / role / "made"
+        if made.exists() and made.read_text() == repr(shape):
             continue
         widths = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
         heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
         rest = {"num_hidden_layers": shape.layers, "tie_word_embeddings": shape.tied, "rope_theta": 1e6}
         make_toy.build_model(widths | heads | rest, tokenizer, index).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
+        made.write_text(repr(shape))
     rng = random.Random(0)
     prompts = ["".join(rng.choices("abcdefghij ", k=rng.randint(100, 240))) for _ in range(512)]
     answers = {"data_source": "random", "reward_model": {"style": "rule", "ground_truth": ""}}
@@ -144,6 +148,8 @@ class Recipe:
         few = [] if os.environ.get("VERL_PLATFORM") == "cpu" else FEW_PROCESSES
         self.command = ["bash", str(SCRIPT), *few, *overrides]
         self.seconds_to_first_step = 0.0
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
 
     def run(self, limit: float, kill_after: int | None = None) -> int | None:
         """Run to the end, or kill all its processes after a step; returns the exit code, None if it was killed."""
@@ -176,7 +182,7 @@ def kill(script: subprocess.Popen) -> None:
     """SIGKILL to a script and all that it started, at once, as when a machine is lost."""
     processes = [*psutil.Process(script.pid).children(recursive=True), psutil.Process(script.pid)]
     for process in processes:
-        if process.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended with another one
             process.kill()
     script.wait()
     psutil.wait_procs(processes, timeout=30)

@@ -67,6 +67,10 @@ if [ "${VERL_PLATFORM:-}" = cpu ]; then
     RANKS=$N_GPUS
     source recipe/asyppo/cpu.sh
 elif [ -n "${FAST_START:-}" ]; then
+    if [ -n "${RAY_ADDRESS:-}" ] || [ "$NNODES" -gt 1 ]; then
+        echo "FAST_START=1 is for a run that starts its own Ray on one node: unset it, or unset RAY_ADDRESS and set NNODES=1" >&2
+        exit 2
+    fi
     export ASYPPO_PRIVATE_TMPDIR=1
     CPU=("ray_kwargs.ray_init.runtime_env.py_executable='\$TMPDIR/python'") # as in recipe/asyppo/cpu.sh
 fi
