@@ -1,6 +1,7 @@
 """Batches that nothing should be trained on, and critics that learn nothing: each stops the run, with step and remedy."""
 
 import logging
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ STEPS_TO_LEARN = 50
 """Steps after which critics that explain nothing are worth a warning."""
 
 EXPLAINS_NOTHING = 0.02
-"""Explained variance of the mean value, over these steps, that no critic is worth having for."""
+"""Explained variance of the mean value, the median of these steps, that no critic is worth having for."""
 
 
 def check_rollouts(keys: Sequence[str], step: int) -> None:
@@ -97,14 +98,15 @@ def warn_of_blind_critics(explained: Sequence[float], step: int) -> bool:
     """Warn if the ensemble explained nothing for many steps while its disagreement masks tokens; True if so.
 
     Args:
-        explained: its explained variance in the last steps, with :data:`STEPS_TO_LEARN` of them or fewer.
+        explained: its explained variance in the last steps, at least one, with :data:`STEPS_TO_LEARN` of them or fewer.
         step: the last of them.
     """
-    is_blind = len(explained) >= STEPS_TO_LEARN and sum(explained) / len(explained) < EXPLAINS_NOTHING
+    median = statistics.median(explained)  # one step of equal returns can be hundreds below 0
+    is_blind = len(explained) >= STEPS_TO_LEARN and median < EXPLAINS_NOTHING
     if is_blind:
         logger.warning(
-            f"steps {step - len(explained) + 1} to {step}: the critics explain nothing of the returns (mean of "
-            f"asyppo/explained_var {sum(explained) / len(explained):.3f}), so the masks follow noise. Train the critics first "
+            f"steps {step - len(explained) + 1} to {step}: the critics explain nothing of the returns (median of "
+            f"asyppo/explained_var {median:.3f}), so the masks follow noise. Train the critics first "
             "(trainer.critic_warmup), on more responses (asyppo.shard=none), more often (critic.ppo_epochs=4), or take "
             "larger ones; or switch the masks off (asyppo.adv_mask_fraction=0 asyppo.entropy_filter_fraction=0)"
         )

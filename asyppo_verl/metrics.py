@@ -135,8 +135,8 @@ def selection_metrics(
 def mask_metrics(advantages_N: Tensor, returns_N: Tensor, keep_adv_N: Tensor, is_response_N: Tensor) -> dict:
     """What the masked tokens are, beside as many drawn at random: what a random mask gives is 1 and 0.
 
-    ``adv_ratio = E[|A| of masked tokens] / E[|A|]``, and the correlation of being masked with the return. Where nothing is
-    masked they are what a random mask gives.
+    ``adv_ratio = E[|A| of masked tokens] / E[|A|]``, and the correlation of being masked with the return. Nothing, where no
+    response token is masked.
 
     Args:
         advantages_N: advantages before the mask.
@@ -145,9 +145,11 @@ def mask_metrics(advantages_N: Tensor, returns_N: Tensor, keep_adv_N: Tensor, is
         is_response_N: True on response tokens, of which there must be one.
     """
     is_masked_N = ~keep_adv_N & is_response_N
+    if not is_masked_N.any():
+        return {}
     mean_R, cov_RR = moments([is_masked_N, advantages_N.abs(), returns_N], is_response_N)
     masked, size, _ = mean_R.tolist()
     return {
-        "asyppo/mask/adv_ratio": 1 + float(cov_RR[0, 1]) / (masked * size) if masked * size else 1.0,
+        "asyppo/mask/adv_ratio": 1 + float(cov_RR[0, 1]) / (masked * size) if size else 1.0,
         "asyppo/mask/return_correlation": correlation(cov_RR[[0, 2]][:, [0, 2]]),
     }

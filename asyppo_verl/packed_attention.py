@@ -19,10 +19,18 @@ def bounds_of(position_ids_BT: Tensor) -> dict[str, Any]:
     """Where the packed sequences begin and end, under the names that transformers' attention functions know.
 
     A sequence begins where the position is 0. To find out, the program waits for the device.
+
+    Raises:
+        ValueError: if the first position is not 0, as in a rank's slice under sequence parallelism.
     """
     positions = position_ids_BT.flatten()
     end = torch.full((1,), len(positions), device=positions.device)
     bounds = torch.cat([(positions == 0).nonzero().flatten(), end]).int()
+    if bounds[0]:  # the first 0 is the first position, or there was none
+        raise ValueError(
+            f"packed positions begin at {int(positions[0])}, not at 0: a rank has a slice of the sequences. {NAME} knows no "
+            "sequence parallelism: set ulysses_sequence_parallel_size=1, or attn_implementation=flash_attention_2"
+        )
     longest = int(bounds.diff().max())
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
@@ -70,7 +78,7 @@ def packed_attention(
     Raises:
         ValueError: if the model's attention has more to it, such as a window, sinks or dropout.
     """
-    if asked := [name for name in UNSUPPORTED if more.get(name)]:
+    if asked := [it for it in UNSUPPORTED if isinstance(more.get(it), Tensor) or more.get(it)]:
         raise ValueError(
             f"attn_implementation={NAME} has no {', '.join(asked)}, which {type(module).__name__} asks for; set "
             "attn_implementation=sdpa or flash_attention_2"

@@ -57,13 +57,8 @@ class Case:
                 f"{name!r} is no case; write SIZE, NxSIZE or NxSIZE/bf16 with one of {', '.join(SHAPES)}, and behind it "
                 f"+OPTION, any of {', '.join([*OPTIONS, *ATTENTION])}, or +Nk"
             )
-        return cls(name, SHAPES[match[2]].as_critic(), int(match[1] or 1), not match[3], options)
-
-    @property
-    def micro_batch(self) -> int | None:
-        """The tokens of a micro-batch that an option asks for."""
-        sizes = [int(option[:-1]) for option in self.options if option[:-1].isdigit()]
-        return sizes[0] * 1024 if sizes else None
+        case = cls(name, SHAPES[match[2]].as_critic(), int(match[1] or 1), not match[3], options)
+        return dataclasses.replace(case, tokens=int(sizes[0][:-1]) * 1024) if sizes else case
 
     def micro_batches(self, phase: str, index: int) -> list[int]:
         """Rows of each micro-batch of critic ``index``: all rows to evaluate, every M-th to train on."""

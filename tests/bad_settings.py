@@ -31,6 +31,10 @@ SETTINGS = [
     ("+asyppo.head_seed=1.5", ["asyppo.head_seed=1.5", "whole number"]),
     ("+asyppo.head_seed=-1", ["asyppo.head_seed=-1", "[0, 2**32)"]),
     ("+asyppo.compile_critics=True critic.strategy=fsdp", ["compile_critics=True", "set critic.strategy=fsdp2"]),
+    (
+        "+asyppo.compile_critics=True critic.model.enable_activation_offload=True",
+        ["compile_critics=True", "set critic.model.enable_activation_offload=False"],
+    ),
     ("+asyppo.compile_critics=1", ["asyppo.compile_critics=1", "true or false"]),
     ("+asyppo=[1]", ["asyppo=[1]", "+asyppo.num_critics=2"]),
     ("+asyppo.num_critic=3", ["asyppo.num_critic=3", "did you mean num_critics?"]),

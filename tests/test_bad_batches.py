@@ -98,13 +98,22 @@ def test_a_response_of_length_zero_is_trained_beside_the_others(compose):
 
 
 def test_critics_that_explain_nothing_while_they_mask_are_named_once(compose, caplog, monkeypatch):
-    """Values that say nothing of the rewards, for two steps: then one warning with what to try; without masks none."""
+    """Values that say nothing of the rewards, for two steps: then one warning with what to try; without selections none."""
     monkeypatch.setattr(batch_checks, "STEPS_TO_LEARN", 2)
-    for masks, expected in (("0.2", 1), ("0.0", 0)):
-        trainer = trainer_for(compose, f"+asyppo.adv_mask_fraction={masks}")
+    for masks, filters, expected in ((0.2, 0.2, 1), (0.0, 0.2, 1), (0.2, 0.0, 1), (0.0, 0.0, 0)):
+        fractions = f"+asyppo.adv_mask_fraction={masks}", f"+asyppo.entropy_filter_fraction={filters}"
+        trainer = trainer_for(compose, *fractions)
         caplog.clear()
         for _ in range(4):
             batch = put_rows(RAGGED)
             step(trainer, batch, {key: [-100 * x for x in row] for key, row in force_values(batch, 2).items()})
         said = [record.getMessage() for record in caplog.records if "explain nothing" in record.getMessage()]
         assert len(said) == expected and all("trainer.critic_warmup" in message for message in said)
+
+
+def test_one_bad_step_does_not_make_critics_blind(caplog, monkeypatch):
+    """Where returns are nearly equal the explained variance is far below 0: the median forgets that, a mean does not."""
+    monkeypatch.setattr(batch_checks, "STEPS_TO_LEARN", 3)
+    assert not batch_checks.warn_of_blind_critics([0.5, -900.0, 0.4], 3) and not caplog.records
+    assert batch_checks.warn_of_blind_critics([0.0, 0.9, 0.01], 3)
+    assert "steps 1 to 3" in caplog.text and "median of asyppo/explained_var 0.010" in caplog.text

@@ -13,6 +13,7 @@ from test_recipe import environment
 
 from recipe.asyppo.console import (
     PRIVATE_TMPDIR,
+    figures,
     is_question,
     last_step,
     merge_history,
@@ -84,10 +85,25 @@ def test_a_run_killed_twice_keeps_all_its_steps(tmp_path):
 
 
 def test_summary(tmp_path):
-    write(tmp_path, range(1, 9))
-    assert "reward       0.150 -> 0.750 (mean of the first and the last 2 of 8 steps)" in summary(tmp_path)
+    write(tmp_path, range(1, 11))
+    assert "reward       0.150 -> 0.950 (mean of the first 2 and the last 2 of 10 steps)" in summary(tmp_path)
     assert "2.00 s" in summary(tmp_path) and str(tmp_path) in summary(tmp_path)
-    assert "ended early  after step 8 of 9" in summary(tmp_path, 9) and "early" not in summary(tmp_path, 8)
+    assert "critics" not in summary(tmp_path).replace(str(tmp_path), "")
+    assert "ended early  after step 10 of 11" in summary(tmp_path, 11) and "early" not in summary(tmp_path, 10)
+
+
+def test_figures_are_those_of_the_last_fifth():
+    step = {"critic/score/mean": 0.5, "timing_s/step": 1.0}
+    first, last = (
+        step | {"asyppo/explained_var": explained, "asyppo/adv_abs_masked": masked, "asyppo/adv_abs_kept": 0.8}
+        for explained, masked in ((-1.0, 5.0), (0.25, 0.6))
+    )
+    shown = figures([first] * 24 + [last] * 6)
+    assert "reward       0.500 -> 0.500 (mean of the first 5 and the last 6 of 30 steps)" in shown
+    assert "critics      explained variance 0.250 in the last 6 of 30 steps; 1 is perfect, 0 a constant" in shown
+    assert "masks        |advantage| of masked tokens 0.75 of the kept ones' there" in shown
+    assert len(figures([step] * 30)) == 2  # another algorithm
+    assert not any("masks" in line for line in figures([last | {"asyppo/adv_abs_masked": 0.0}]))
 
 
 def test_output_goes_to_the_log_and_a_failure_is_shown(tmp_path, capfd):

@@ -15,9 +15,10 @@ from recipe.asyppo import fork_server
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("f")
-    with fork_server.running(str(folder), {**os.environ, "VERL_PLATFORM": "cpu"}):
-        while not (folder / "python").exists():
-            time.sleep(0.05)
+    with (
+        open(folder / "log", "w") as log,
+        fork_server.running(str(folder), {**os.environ, "VERL_PLATFORM": "cpu"}, log),
+    ):
         yield str(folder / "python")
 
 

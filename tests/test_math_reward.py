@@ -20,6 +20,7 @@ RIGHT = r"""
 204             | 204.0 | {204} | \text{204} | \mathbf{204} | \left(204\right) | x = 204 | m+n = 204
 204             | P(3) = 204 | |AB| = 204 \text{ cm}
 27              | 27 \text{ miles} | 27 \text{ m/s}^2 | 27\,\mathrm{m}\,\mathrm{s}^{-1} 
+27              | 27 \text{ m}^{2} | 27 \text{ months} | 27 \text{ kg} \text{ m}^{-3} | 27 \text{ in} | 27 \text{ cm2}
 27              | 27 meters | \$27.00 | 3^3 | 3 \cdot 9 = 27
 1080            | 1,080 | 1{,}080 | 1 080 | 1,\!080 | 1.08 \times 10^3 | 1.08e3
 0.5             | \frac12 | .5 | {1 \over 2} | 1/2 | 50\% | 2^{-1} | \approx 0.5
@@ -59,6 +60,11 @@ WRONG = r"""
 5               | \text{not } 5 | [0,10] | 5 \text{ pairs} | 5\mathrm{id}
 5               | 5 = 6 | 2x = 5 | x^2 = 5 | x=5, y=6 | 5 \text{ (6 is also possible)} | 5.001 
 5               | 5 \text{ a.m.} | 5^\circ + 1 | -5 | \frac{1}{5}
+5               | 5 \text{ plus } 1 | 5 \text{ minus } 3 | 5 \text{ modulo } 7 | 5 \text{ factorial} | 5 \text{ halves}
+5               | 5 \text{ thirds} | 5 \text{ tenths} | 5 \text{ trillion} | 5 \text{ below zero} | 5 \text{ except } 0
+5               | 5 \text{ and then } 1 | 5 \text{ and then } \frac{1}{2} | 5 \text{ plus } x
+10              | 10 \text{ in base } 2
+3               | 3 \text{ quarters}
 5 \text{ cm}    | 5 \text{ m} | 6 \text{ cm}
 \frac{52}{7}    | 5 2/7 | 5\frac{2}{7} | 7.4286
 56              | 5 6 | 5 \; 6 | 5, 6

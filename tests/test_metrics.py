@@ -109,7 +109,7 @@ def test_selection_metrics_by_hand():
 
 
 def test_mask_metrics_by_hand():
-    """Masked are |A| = 4 and 8 of a mean of 4; returns 1, 0 there and 1, 0 elsewhere: no correlation. Nothing masked: chance."""
+    """Masked are |A| = 4 and 8 of a mean of 4; returns 1, 0 there and 1, 0 elsewhere: no correlation. Nothing masked: nothing."""
     advantages = torch.tensor([1.0, -3.0, 4.0, -8.0, 99.0])
     returns, is_response = torch.tensor([1.0, 0.0, 1.0, 0.0, 7.0]), torch.tensor([True, True, True, True, False])
     keep = torch.tensor([True, True, False, False, True])
@@ -117,8 +117,8 @@ def test_mask_metrics_by_hand():
     assert metrics == pytest.approx({"asyppo/mask/adv_ratio": 1.5, "asyppo/mask/return_correlation": 0.0})
     on_right = mask_metrics(advantages, returns, returns == 0, is_response)
     assert on_right == pytest.approx({"asyppo/mask/adv_ratio": 2.5 / 4, "asyppo/mask/return_correlation": 1.0})
-    nothing = mask_metrics(advantages, returns, keep | True, is_response)
-    assert nothing == {"asyppo/mask/adv_ratio": 1.0, "asyppo/mask/return_correlation": 0.0}
+    assert mask_metrics(advantages, returns, keep | is_response, is_response) == {}
+    assert mask_metrics(advantages * 0, returns, keep, is_response)["asyppo/mask/adv_ratio"] == 1
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 1 << 18])

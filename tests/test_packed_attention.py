@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers.modeling_flash_attention_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForTokenClassification, Qwen3Config, modeling_utils
 
@@ -17,6 +18,12 @@ def test_bounds_by_hand():
     assert bounds["cu_seq_lens_q"].tolist() == bounds["cu_seq_lens_k"].tolist() == [0, 3, 4, 6, 10, 12]
     assert bounds["cu_seq_lens_q"].dtype == torch.int32
     assert bounds["max_length_q"] == bounds["max_length_k"] == 4
+
+
+@pytest.mark.parametrize("slice_T", [[3, 4, 0, 1], [3, 4]])
+def test_a_slice_of_the_sequences_is_refused(slice_T):
+    with pytest.raises(ValueError, match=r"begin at 3.*torch_packed.*ulysses_sequence_parallel_size=1"):
+        packed_attention.bounds_of(torch.tensor([slice_T]))
 
 
 def by_definition(query_BHTD, key_BHTD, value_BHTD, scaling):
@@ -62,11 +69,14 @@ def test_on_a_gpu_it_is_one_call_of_torchs_kernel(monkeypatch):
     assert output.shape == (2, 6, 4, 128) and output.dtype == torch.bfloat16
 
 
-def test_what_it_does_not_have_is_refused():
-    heads = torch.randn(2, 2, 6, 8)
-    with pytest.raises(ValueError, match=r"torch_packed has no sliding_window.*attn_implementation=sdpa"):
+@pytest.mark.parametrize(
+    ("name", "value"), [("sliding_window", 4), ("s_aux", torch.zeros(2)), ("s_aux", torch.zeros(1))]
+)
+def test_what_it_does_not_have_is_refused(name, value):
+    heads, asked = torch.randn(2, 2, 6, 8), {"dropout": 0.0, "s_aux": None, name: value}
+    with pytest.raises(ValueError, match=rf"torch_packed has no {name},.*attn_implementation=sdpa"):
         packed_attention.packed_attention(
-            None, heads, heads, heads, None, scaling=1.0, position_ids=POSITIONS_BT, sliding_window=4, dropout=0.0
+            None, heads, heads, heads, None, scaling=1.0, position_ids=POSITIONS_BT, **asked
         )
 
 
@@ -91,6 +101,35 @@ def test_bounds_are_looked_for_once_a_call(monkeypatch):
     assert packed_attention.wants_bounds(model)
     packed_attention.find_bounds_once(model)
     assert torch.equal(model(input_ids=ids, position_ids=POSITIONS_BT).logits, expected) and len(looked) == 1
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_transformers_flash_attention_takes_the_bounds(monkeypatch, given):
+    """Its own function, with torch's attention in place of flash-attn's kernel: one layer's look or none, the same values."""
+    calls = []
+
+    def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale):
+        calls.append((cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), int(max_seqlen_q), int(max_seqlen_k), causal))
+        heads = (states.transpose(0, 1)[None] for states in (q, k, v))
+        return packed_attention.one_by_one(*heads, cu_seqlens_q, softmax_scale)[0]
+
+    def arguments(max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, **_):
+        lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+        return {**lengths, "causal": is_causal, "softmax_scale": softmax_scale}
+
+    model = small_model()
+    packed = {"input_ids": torch.randint(0, 64, (1, 12)), "position_ids": POSITIONS_BT.flatten()[None]}
+    expected = model(**packed).logits
+    model.config._attn_implementation = "flash_attention_2"
+    flash = transformers.modeling_flash_attention_utils
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda _: ((None, kernel, None, None, None), arguments))
+    looked, look = [], flash._prepare_from_posids
+    monkeypatch.setattr(flash, "_prepare_from_posids", lambda *states: looked.append(1) or look(*states))
+    if given:
+        packed_attention.find_bounds_once(model)
+    torch.testing.assert_close(model(**packed).logits, expected)
+    assert calls == [([0, 3, 4, 6, 10, 12], [0, 3, 4, 6, 10, 12], 4, 4, True)] * 3
+    assert len(looked) == (0 if given else 3)
 
 
 def test_only_models_that_pass_them_on_are_given_bounds():

@@ -253,6 +253,12 @@ def test_the_fields_of_the_table_are_fields_that_are_read():
             r"Let $f(x)=x^{1}+x^{2}+x^{4}+x^{8}+x^{16}+x^{32}$. Compute the coefficient of $x^{10}$ in $f(f(x))$.",
             "nearly",
         ),
+        (  # a story around it does not make it another problem: half of the shorter one counts
+            "How many ways are there to seat 5 people around a table with 8 chairs?",
+            "On a rainy day the whole club comes late to its dinner, wet and hungry, and nobody wants to sit by the window. "
+            "How many ways are there to seat 5 people around a table with 8 chairs? Give all the steps of your reasoning.",
+            "nearly",
+        ),
         (
             "The answer is m/n where m and n are relatively prime positive integers. Find m+n for a die.",
             "The answer is m/n where m and n are relatively prime positive integers. Find m+n for 7 red and 9 blue coins.",

@@ -111,21 +111,37 @@ def test_the_algorithms_differ_in_nothing_but_their_critics(root, toy, tmp_path,
     shared = set.intersection(*commands.values())
     for algo, lines in commands.items():
         own = {line.lstrip("+").split("=")[0] for line in lines - shared}
-        assert own <= {"algorithm.adv_estimator", "critic.model.path", "critic.enable", "asyppo.num_critics", BUDGET}, (
+        assert own <= {"algorithm.adv_estimator", "critic.model.path", "critic.enable", "asyppo.num_critics", *SPEED}, (
             algo
         )
 
 
-BUDGET = "critic.ppo_infer_max_token_len_per_gpu"  # of verl's own critic
+SPEED = {
+    "critic.ppo_infer_max_token_len_per_gpu",  # of verl's own critic
+    "asyppo.compile_critics",
+    "critic.model.override_config.attn_implementation",
+}
 
 
 @pytest.mark.parametrize("algo", ["asyppo", "ppo", "ppo_small_critic"])
 def test_the_critics_tokens_and_the_rollouts_length_are_those_of_the_variables(root, toy, tmp_path, algo):
     env = environment(root, toy, ALGO=algo, CRITIC_TOKENS="12345", MAX_PROMPT="100", MAX_RESPONSE="200")
     config = validated(command_of(root, "4b", tmp_path, env))
-    read = ["ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu"] if algo == "asyppo" else [BUDGET[7:]]
+    read = (
+        ["ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu"]
+        if algo == "asyppo"
+        else ["ppo_infer_max_token_len_per_gpu"]
+    )
     assert [config.critic[key] for key in read] == [12345] * len(read)
     assert config.actor_rollout_ref.rollout.max_model_len == 300
+
+
+@pytest.mark.parametrize(
+    ("variables", "compiles"), [("", True), ("CRITIC_SP=2", False), ("CRITIC_SP=2 COMPILE_CRITICS=True", True)]
+)
+def test_critics_are_not_compiled_under_sequence_parallelism_unless_asked(root, toy, tmp_path, variables, compiles):
+    env = environment(root, toy, **dict(pair.split("=") for pair in variables.split()))
+    assert f"+asyppo.compile_critics={compiles}" in command_of(root, "4b", tmp_path, env)
 
 
 @pytest.mark.parametrize(("nodes", "fsdp_size"), [("1", -1), ("2", 8)])

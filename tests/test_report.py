@@ -231,18 +231,23 @@ def test_a_long_run_gives_a_small_page_that_hides_no_outlier(tmp_path):
 def test_watching_rewrites_the_page_while_a_run_goes_on(tmp_path, opened):
     folder = tmp_path / "run"
     folder.mkdir()
+    page = folder / "report/index.html"
     command = [sys.executable, "-m", "recipe.asyppo.report", str(folder), "--watch"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
-        assert "holds no metrics.jsonl" in watching.stdout.readline()
-        for steps in (3, 5):
-            shutil.rmtree(folder / "hydra", ignore_errors=True)
-            write_run(folder, steps=steps)
-            assert "wrote" in watching.stdout.readline()
-            assert f"run ({steps} steps)" in opened(folder / "report/index.html").locator("#runs").inner_text()
-        watching.send_signal(signal.SIGINT)
-        assert watching.wait() == 0
-    page = (folder / "report/index.html").read_text()
-    assert '"live":false' in page
+        try:
+            assert "holds no metrics.jsonl" in watching.stdout.readline()
+            for steps in (3, 5):
+                shutil.rmtree(folder / "hydra", ignore_errors=True)
+                write_run(folder, steps=steps)
+                shown = ""
+                while f"run ({steps} steps)" not in shown:  # the page may also have been written while the run was
+                    assert "wrote" in watching.stdout.readline()
+                    shown = opened(page).locator("#runs").inner_text()
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait() == 0
+        finally:
+            watching.kill()
+    assert '"live":false' in page.read_text()
 
 
 # -- token view --------------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from pathlib import Path
 
 SMALL = [
     "data.train_batch_size=16",
+    "data.max_response_length=4",
     "actor_rollout_ref.actor.ppo_mini_batch_size=8",
     "actor_rollout_ref.rollout.n=4",
     # Large steps, so that stale rollout weights could not go unnoticed.
     "actor_rollout_ref.actor.optim.lr=2e-3",
+    "critic.optim.lr=1e-3",
 ]
 
 

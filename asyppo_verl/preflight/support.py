@@ -73,6 +73,12 @@ def check_trainer(run: Run) -> Iterator[str]:
             "under FSDP1 each layer would be compiled anew, until the compiler gives up; set critic.strategy=fsdp2",
         ),
         (
+            "asyppo.compile_critics",
+            not (run.asyppo.compile_critics and run.get("critic.model.enable_activation_offload")),
+            "a layer's forward is then verl's wrapper, whose bookkeeping is not to be compiled; set "
+            "critic.model.enable_activation_offload=False",
+        ),
+        (
             "distillation.enabled",
             not run.get("distillation.enabled"),
             "its actor loss replaces AsyPPO's; set it to False",

@@ -6,9 +6,11 @@ are made with tiny shapes, to try the script itself.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -77,7 +79,7 @@ class Machine:
         self.response = 1024 if least else 16
         self.steps = 3
         # Steps of the toy, of them up to a checkpoint, and up to SIGKILL; prompts of a step.
-        self.toy_steps, self.toy_save, self.toy_kill, self.toy_prompts = (12, 5, 7, 64) if least else (10, 4, 6, 16)
+        self.toy_steps, self.toy_save, self.toy_kill, self.toy_prompts = (12, 5, 7, 64) if least else (6, 2, 3, 16)
 
 
 def announce(machine: Machine) -> None:
@@ -112,13 +114,15 @@ def make(folder: Path, machine: Machine) -> None:
     tokenizer = make_toy.build_tokenizer(shapes["actor"].vocab)
     torch.set_default_dtype(torch.bfloat16)
     for index, (role, shape) in enumerate(shapes.items()):
-        if (folder / role / "config.json").exists():
+        made = folder / role / "made"
+        if made.exists() and made.read_text() == repr(shape):
             continue
         widths = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
         heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
         rest = {"num_hidden_layers": shape.layers, "tie_word_embeddings": shape.tied, "rope_theta": 1e6}
         make_toy.build_model(widths | heads | rest, tokenizer, index).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
+        made.write_text(repr(shape))
     rng = random.Random(0)
     prompts = ["".join(rng.choices("abcdefghij ", k=rng.randint(100, 240))) for _ in range(512)]
     answers = {"data_source": "random", "reward_model": {"style": "rule", "ground_truth": ""}}
@@ -132,12 +136,20 @@ class Recipe:
 
     def __init__(self, folder: Path, name: str, variables: Mapping[str, Any], overrides: Sequence[str]) -> None:
         self.run_dir, self.log = folder / name, folder / f"{name}.log"
-        common = {"N_GPUS": 1, "N": 8, "VAL_BEFORE_TRAIN": False, "TEST_FREQ": -1, "GPU_MEMORY_UTILIZATION": 0.25}
+        common: dict[str, Any] = {
+            "N_GPUS": 1,
+            "N": 8,
+            "VAL_BEFORE_TRAIN": False,
+            "TEST_FREQ": -1,
+            "GPU_MEMORY_UTILIZATION": 0.25,
+        }
         common |= {"PYTHON": sys.executable, "RUN_DIR": self.run_dir}
-        self.environment = os.environ | {key: str(value) for key, value in (common | variables).items()}
+        self.environment = os.environ | {key: str(value) for key, value in {**common, **variables}.items()}
         few = [] if os.environ.get("VERL_PLATFORM") == "cpu" else FEW_PROCESSES
         self.command = ["bash", str(SCRIPT), *few, *overrides]
         self.seconds_to_first_step = 0.0
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
 
     def run(self, limit: float, kill_after: int | None = None) -> int | None:
         """Run to the end, or kill all its processes after a step; returns the exit code, None if it was killed."""
@@ -170,7 +182,7 @@ def kill(script: subprocess.Popen) -> None:
     """SIGKILL to a script and all that it started, at once, as when a machine is lost."""
     processes = [*psutil.Process(script.pid).children(recursive=True), psutil.Process(script.pid)]
     for process in processes:
-        if process.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended with another one
             process.kill()
     script.wait()
     psutil.wait_procs(processes, timeout=30)
@@ -194,91 +206,71 @@ def check_doctor(folder: Path, check: Checks) -> None:
 
 
 def check_toy(folder: Path, machine: Machine, check: Checks) -> dict[str, float]:
-    variables = {
-        "PROMPTS": machine.toy_prompts,
+    """Train the toy, kill the run, resume it; returns rewards and how long the first step took to begin."""
+    toy, prompts, resumed = folder / "toy", machine.toy_prompts, machine.toy_kill // machine.toy_save * machine.toy_save
+    variables: dict[str, Any] = {
+        "PROMPTS": prompts,
         "MAX_PROMPT": 16,
         "MAX_RESPONSE": 8,
         "ACTOR_LR": 2e-4,
         "CRITIC_LR": 1e-3,
     }
-    variables |= {
-        "STEPS": machine.toy_steps,
-        "SAVE_FREQ": machine.toy_save,
-        "REWARD": ROOT / "recipe/asyppo/toy/toy_reward.py",
-    }
-    toy = folder / "toy"
-    variables |= {"ACTOR_MODEL": toy / "actor", "CRITIC_MODEL": toy / "critic"}
+    variables |= {"STEPS": machine.toy_steps, "SAVE_FREQ": machine.toy_save}
     variables |= {"TRAIN_FILES": toy / "train.parquet", "VAL_FILES": toy / "test.parquet"}
-    overrides = [
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={machine.toy_prompts // 2}",
-        "actor_rollout_ref.actor.ppo_epochs=1",
-    ]
-    recipe = Recipe(folder, "toy_run", variables, overrides)
-    killed = recipe.run(300, kill_after=machine.toy_kill) is None
-    first = len(recipe.steps())
-    check(
-        "toy: trains",
-        killed and first >= machine.toy_kill,
-        f"{first} steps, the first began after {recipe.seconds_to_first_step:.0f} s",
-    )
+    variables |= {"ACTOR_MODEL": toy / "actor", "CRITIC_MODEL": toy / "critic"}
+    variables |= {"REWARD": ROOT / "recipe/asyppo/toy/toy_reward.py"}
+    updates = [f"actor_rollout_ref.actor.ppo_mini_batch_size={prompts // 2}", "actor_rollout_ref.actor.ppo_epochs=1"]
+    recipe = Recipe(folder, "toy_run", variables, updates)
+
+    was_killed = recipe.run(300, kill_after=machine.toy_kill) is None
+    first, seconds = len(recipe.steps()), recipe.seconds_to_first_step
+    seen = f"{first} steps, the first began after {seconds:.0f} s"
+    check("toy: trains", was_killed and first >= machine.toy_kill, seen)
     recipe.environment["FAST_START"] = "1"
-    code = recipe.run(300)
-    steps = recipe.steps()
-    resumed = (
-        f"resuming {recipe.run_dir} after step {machine.toy_kill // machine.toy_save * machine.toy_save}"
-        in recipe.log.read_text()
-    )
-    check(
-        "toy: resumes after SIGKILL",
-        code == 0 and resumed and len(steps) == machine.toy_steps,
-        f"exit code {code}, {len(steps)} steps",
-    )
-    if len(steps) < 10:
+    code, steps = recipe.run(300), recipe.steps()
+    went_on = f"resuming {recipe.run_dir} after step {resumed}" in recipe.log.read_text()
+    seen = f"exit code {code}, {len(steps)} steps, log {recipe.log}"
+    check("toy: resumes after SIGKILL", code == 0 and went_on and len(steps) == machine.toy_steps, seen)
+    if not steps:
         return {}
+
     rewards = [step["critic/score/mean"] for step in steps]
-    start, end = statistics.mean(rewards[:5]), statistics.mean(rewards[-5:])
+    start, end = (statistics.mean(part) for part in (rewards[: len(steps) // 3], rewards[-len(steps) // 3 :]))
     check("toy: the reward rises", end > start + 0.03, f"{start:.3f} -> {end:.3f}")
-    differences = [step["training/rollout_probs_diff_mean"] for step in steps]
-    check(
-        "toy: rollout and trainer agree",
-        max(differences) < 0.02,
-        f"mean difference of probabilities at most {max(differences):.1e}",
-    )
-    spread = statistics.mean(rewards[-5:]) * (1 - statistics.mean(rewards[-5:])) / 2
+    difference = max(step["training/rollout_probs_diff_mean"] for step in steps)
+    check("toy: rollout and trainer agree", difference < 0.02, f"probabilities differ by {difference:.1e} at most")
     for critic in ("critic_0", "critic_1"):
-        loss = statistics.mean(step[f"asyppo/{critic}/vf_loss"] for step in steps[-5:])
+        loss = statistics.mean(step[f"asyppo/{critic}/vf_loss"] for step in steps[-len(steps) // 3 :])
         skipped = sum(step[f"asyppo/{critic}/skipped_updates"] for step in steps)
-        seen = f"value loss {loss:.3f}; {spread:.3f} for the mean reward"
-        check(f"toy: {critic} learns", loss < 1.25 * spread and not skipped, seen)
-    return {"seconds_to_first_step": recipe.seconds_to_first_step, "reward_start": start, "reward_end": end}
+        constant = end * (1 - end) / 2  # loss of one that always says the mean reward
+        seen = f"value loss {loss:.3f}, of a constant {constant:.3f}"
+        check(f"toy: {critic} learns", loss < 1.3 * constant and not skipped, seen)
+    return {"seconds_to_first_step": seconds, "reward_start": start, "reward_end": end}
 
 
 def check_recipe(folder: Path, machine: Machine, algorithm: str, check: Checks) -> dict[str, Any]:
     """Train a few steps; returns seconds of each phase (medians without the first step) and peak memory in GiB."""
-    variables = {"ALGO": algorithm, "PROMPTS": 4, "MAX_PROMPT": 256, "MAX_RESPONSE": machine.response}
-    variables |= {
-        "ACTOR_TOKENS": machine.tokens,
-        "LOG_PROB_TOKENS": machine.log_prob_tokens,
-        "CRITIC_TOKENS": machine.log_prob_tokens,
+    tokens = {"LOG_PROB_TOKENS": machine.log_prob_tokens, "CRITIC_TOKENS": machine.log_prob_tokens}
+    variables: dict[str, Any] = {
+        "ALGO": algorithm,
+        "PROMPTS": 4,
+        "MAX_PROMPT": 256,
+        "MAX_RESPONSE": machine.response,
+        **tokens,
     }
-    variables |= {"STEPS": machine.steps, "SAVE_FREQ": -1, "REWARD": folder / "reward.py", "FAST_START": 1}
-    variables |= {"ACTOR_MODEL": folder / "actor", "CRITIC_MODEL": folder / "critic"}
+    variables |= {"STEPS": machine.steps, "SAVE_FREQ": -1, "FAST_START": 1, "ACTOR_TOKENS": machine.tokens}
+    variables |= {"ACTOR_MODEL": folder / "actor", "CRITIC_MODEL": folder / "critic", "REWARD": folder / "reward.py"}
     variables |= {"TRAIN_FILES": folder / "prompts.parquet", "VAL_FILES": folder / "prompts.parquet"}
     recipe = Recipe(folder, f"recipe_{algorithm}", variables, [])
-    code = recipe.run(300)
-    steps = recipe.steps()
-    check(
-        f"recipe: {algorithm} trains",
-        code == 0 and len(steps) == machine.steps,
-        f"exit code {code}, {len(steps)} steps, log {recipe.log}",
-    )
-    if not steps:
+    code, steps = recipe.run(300), recipe.steps()
+    seen = f"exit code {code}, {len(steps)} steps, log {recipe.log}"
+    check(f"recipe: {algorithm} trains", code == 0 and len(steps) == machine.steps, seen)
+    if len(steps) < 2:
         return {}
-    kept = steps[1:] or steps
-    finite = all(step["actor/grad_norm"] > 0 for step in steps)
-    check(f"recipe: {algorithm}'s actor gets gradients", finite, f"gradient norm {steps[-1]['actor/grad_norm']:.3g}")
-    phases = {name: statistics.median(step.get(f"timing_s/{name}", 0.0) for step in kept) for name in PHASES}
-    peak = max(step.get("actor/perf/max_memory_allocated_gb", 0.0) for step in steps)
+    norms = [step["actor/grad_norm"] for step in steps]
+    check(f"recipe: {algorithm}'s actor gets gradients", min(norms) > 0, f"gradient norm {norms[-1]:.3g}")
+    phases = {name: statistics.median(step.get(f"timing_s/{name}", 0.0) for step in steps[1:]) for name in PHASES}
+    peak = max(step["actor/perf/max_memory_allocated_gb"] for step in steps)
     return {"phases": phases, "peak_gib": peak, "seconds_to_first_step": recipe.seconds_to_first_step}
 
 

@@ -18,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from asyppo_verl.checkpoint import latest_step
 from recipe.asyppo import fork_server
@@ -28,6 +28,7 @@ from recipe.asyppo import fork_server
 PROGRESS = re.compile(r"Training Progress:.*")
 REWARD = "critic/score/mean"
 SECONDS = "timing_s/step"
+EXPLAINED, MASKED, KEPT = "asyppo/explained_var", "asyppo/adv_abs_masked", "asyppo/adv_abs_kept"
 QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}
 """hydra's flags that print something instead of running."""
 
@@ -111,9 +112,14 @@ def private_tmpdir() -> Iterator[dict[str, str]]:
         return
     # A short name, since Ray's sockets lie below it; what is still being written to it must not keep it from going.
     with tempfile.TemporaryDirectory(prefix="asyppo-ray-", ignore_cleanup_errors=True) as folder:
-        environment = {**os.environ, "TMPDIR": folder}
-        with fork_server.running(folder, environment):
-            yield environment
+        yield {**os.environ, "TMPDIR": folder}
+
+
+def forking(environment: Mapping[str, str], log: IO[str]) -> contextlib.AbstractContextManager[None]:
+    """Run a fork server for a command that has a temporary folder of its own, where Ray is told to look for it."""
+    if not os.environ.get(PRIVATE_TMPDIR):
+        return contextlib.nullcontext()
+    return fork_server.running(environment["TMPDIR"], environment, log)
 
 
 @contextlib.contextmanager
@@ -144,6 +150,7 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
     with (
         private_tmpdir() as environment,
         open(run_dir / "log", "a") as log,
+        forking(environment, log),
         subprocess.Popen(
             command,
             env={**environment, "VERL_FILE_LOGGER_PATH": str(run_dir / "metrics.jsonl"), "PYTHONUNBUFFERED": "1"},
@@ -176,23 +183,36 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
 
 
 def summary(run_dir: Path, wanted: int | None = None) -> str:
-    """Reward at the start and the end, seconds per step, where the files are, and that fewer steps than ``wanted`` were made."""
+    """Where the files are, what the last fifth of the run shows, and that fewer steps than ``wanted`` were made."""
     found = [line for line in read_metrics(run_dir / "metrics.jsonl") if REWARD in line["data"]]
-    steps = [line["data"] for line in found]
     lines = [f"\nrun folder   {run_dir} (metrics.jsonl, checkpoints/, log)"]
-    if steps:
-        window = min(5, max(1, len(steps) // 4))
-        start, end = (statistics.mean(s[REWARD] for s in part) for part in (steps[:window], steps[-window:]))
-        seconds = statistics.median(step[SECONDS] for step in steps)
-        lines += [
-            f"reward       {start:.3f} -> {end:.3f} (mean of the first and the last {window} of {len(steps)} steps)",
-            f"step time    {seconds:.2f} s (median)",
-        ]
+    if found:
+        lines += figures([line["data"] for line in found])
     if found and wanted is not None and found[-1]["step"] < wanted:
         lines.append(
             f"ended early  after step {found[-1]['step']} of {wanted}: the data lasted for trainer.total_epochs only"
         )
     return "\n".join(lines)
+
+
+def figures(steps: Sequence[dict]) -> list[str]:
+    """Does it learn, do the critics know anything, do the masks hit tokens that matter less; and seconds a step."""
+    first, last = steps[: min(5, max(1, len(steps) // 5))], steps[-max(1, len(steps) // 5) :]
+
+    def mean(key: str, part: Sequence[dict] = last) -> float:
+        return statistics.mean(step[key] for step in part)
+
+    where = f"the last {len(last)} of {len(steps)} steps"
+    lines = [
+        f"reward       {mean(REWARD, first):.3f} -> {mean(REWARD):.3f} (mean of the first {len(first)} and {where})"
+    ]
+    if all(EXPLAINED in step for step in last):
+        lines.append(f"critics      explained variance {mean(EXPLAINED):.3f} in {where}; 1 is perfect, 0 a constant")
+    if all(MASKED in step for step in last) and mean(MASKED):
+        lines.append(
+            f"masks        |advantage| of masked tokens {mean(MASKED) / mean(KEPT):.2f} of the kept ones' there"
+        )
+    return [*lines, f"step time    {statistics.median(step[SECONDS] for step in steps):.2f} s (median)"]
 
 
 def main() -> None:

@@ -47,7 +47,6 @@ if [ -z "${RAY_ADDRESS:-}" ]; then
     # Ray counts ranks in logical GPUs, of which it may believe in any number, and needs about a dozen logical CPUs for verl's helper actors.
     CPU+=(
         +ray_kwargs.ray_init.address=local
-        '+ray_kwargs.ray_init._temp_dir=${oc.env:TMPDIR}'
         # Ray's shell reads it: python of the fork server, which recipe.asyppo.console keeps in that folder.
         "ray_kwargs.ray_init.runtime_env.py_executable='\$TMPDIR/python'"
         +ray_kwargs.ray_init.include_dashboard=False

@@ -5,7 +5,8 @@ once. ``FOLDER/python`` then stands for ``python``: given a script or ``-c CODE`
 as the fork; if there is no server, it becomes the real one. Ray starts its workers with it
 (``ray_kwargs.ray_init.runtime_env.py_executable``), and they start vLLM's engine with it.
 
-On GPUs the server must not touch CUDA, which no fork would survive: it asks NVML alone, and ends if CUDA was started.
+What a library reads from the environment when it is imported is what the server was started with, not what Ray gives to a
+worker. On GPUs the server must not touch CUDA, which no fork would survive: it asks NVML alone, and ends if CUDA was started.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import wrapt
 
@@ -73,13 +74,22 @@ os._exit(code)
 
 
 @contextlib.contextmanager
-def running(folder: str, environ: Mapping[str, str]) -> Iterator[None]:
-    """Run a server for ``FOLDER/python`` with an environment; what it prints goes to ``FOLDER/fork_server.log``."""
-    command = [sys.executable, "-m", __name__, folder]
+def running(folder: str, environ: Mapping[str, str], log: IO[str]) -> Iterator[None]:
+    """Run a server for ``FOLDER/python`` with an environment; what it prints goes to ``log``."""
+    program = Path(folder, "python")
+    program.write_text(CLIENT.format(python=sys.executable, address=f"{folder}/fork_server"))
+    program.chmod(0o700)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{folder}/fork_server")
+    listener.listen(64)  # who comes while the modules are being imported waits
+    command = [sys.executable, "-m", "recipe.asyppo.fork_server", str(program), str(listener.fileno())]
     with (
-        open(f"{folder}/fork_server.log", "w") as log,
-        subprocess.Popen(command, env=environ, stdout=log, stderr=log, process_group=0) as server,
+        listener,
+        subprocess.Popen(
+            command, env=environ, stdout=log, stderr=log, process_group=0, pass_fds=[listener.fileno()]
+        ) as server,
     ):
+        listener.close()
         try:
             yield
         finally:
@@ -90,6 +100,9 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Fork for every request; returns, in each fork, the request and the files that came with it."""
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
+    clients: dict[
+        int, tuple[int, socket.socket]
+    ] = {}  # of each fork: what becomes readable at its end, who asked for it
     while True:
         for key, _ in selector.select():
             if key.fileobj is listener:
@@ -97,10 +110,16 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 _, files, _, _ = socket.recv_fds(client, 1, 253)
                 with client.makefile() as lines:
                     line = lines.readline()
-                pid = os.fork() if line else None  # a client that was killed asks for nothing
+                pid = None
+                with contextlib.suppress(OSError):  # too many processes: the client becomes python itself
+                    pid = os.fork() if line else None  # a client that was killed asks for nothing
                 if pid == 0:
-                    for source in [*(key.fileobj for key in selector.get_map().values()), selector, client]:
-                        os.close(source) if isinstance(source, int) else source.close()
+                    for end, other in clients.values():
+                        os.close(end)
+                        other.close()
+                    selector.close()
+                    listener.close()
+                    client.close()
                     return json.loads(line), files
                 for file in files:
                     os.close(file)
@@ -108,18 +127,20 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                     client.close()
                     continue
                 end = os.pidfd_open(pid)
-                for source in (client, end):
-                    selector.register(source, selectors.EVENT_READ, (pid, end, client))
-                client.sendall(b"%d\n" % pid)
-            elif key.fileobj in selector.get_map():
-                pid, end, client = key.data
+                clients[pid] = end, client
+                for source in clients[pid]:
+                    selector.register(source, selectors.EVENT_READ, pid)
+                with contextlib.suppress(OSError):
+                    client.sendall(b"%d\n" % pid)
+            elif key.data in clients:
+                end, client = clients.pop(key.data)
                 if key.fileobj is client:  # which says nothing more: it has been killed
-                    os.kill(pid, signal.SIGKILL)
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                for source in (client, end):
+                    os.kill(key.data, signal.SIGKILL)
+                code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
+                for source in (end, client):
                     selector.unregister(source)
                 os.close(end)
-                with client, contextlib.suppress(BrokenPipeError):
+                with client, contextlib.suppress(OSError):  # it may be gone
                     client.sendall(b"%d\n" % code)
 
 
@@ -127,16 +148,15 @@ def become(request: Mapping[str, Any], files: list[int]) -> None:
     """Take over the client's files, environment, folder and number of threads; random numbers are this process's own."""
     import numpy
 
-    # Out of the way first: a file's number here may be that of another one there.
-    os.closerange(3, min(files))
+    # Out of the way first: a file's number here may be that of another one there. What libraries have open stays, as NVML's.
     spare = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]
-    os.closerange(3, max(files) + 1)
     for file, number in zip(spare, request["numbers"], strict=True):
         os.dup2(file, number)
         os.close(file)
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["folder"])
+    sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path and path not in sys.path]
     set_threads()
     # Ray says it late, when a worker gets its first task, and before torch would be imported.
     wrapt.register_post_import_hook(
@@ -168,8 +188,7 @@ def run(arguments: list[str]) -> None:
     else:
         sys.argv, sys.path[0], name = arguments, os.path.dirname(os.path.abspath(arguments[0])), arguments[0]
         source, main.__file__ = Path(name).read_text(), name
-    main.__builtins__ = __builtins__
-    exec(compile(source, name, "exec"), main.__dict__)
+    exec(compile(source, name, "exec"), vars(main))
 
 
 def has_started_cuda() -> bool:
@@ -181,18 +200,15 @@ def has_started_cuda() -> bool:
 
 
 def main() -> None:
-    folder = sys.argv[1]
-    program, address = Path(folder, "python"), f"{folder}/fork_server"
+    program, listener = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ends with the process that started it
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)  # who comes while the modules are being imported waits
-    program.write_text(CLIENT.format(python=sys.executable, address=address))
-    program.chmod(0o700)
-    multiprocessing.set_executable(str(program))
+    multiprocessing.set_executable(program)
     if cpu.is_selected():
         cpu.set_environment()
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ.setdefault(
+        "VLLM_LOGGING_LEVEL", "WARN"
+    )  # as verl tells its workers, and read only when vLLM is imported
     for name in [*MODULES, f"vllm.v1.worker.{'cpu' if cpu.is_selected() else 'gpu'}_worker"]:
         importlib.import_module(name)
     if has_started_cuda():

@@ -67,6 +67,10 @@ if [ "${VERL_PLATFORM:-}" = cpu ]; then
     RANKS=$N_GPUS
     source recipe/asyppo/cpu.sh
 elif [ -n "${FAST_START:-}" ]; then
+    if [ -n "${RAY_ADDRESS:-}" ] || [ "$NNODES" -gt 1 ]; then
+        echo "FAST_START=1 is for a run that starts its own Ray on one node: unset it, or unset RAY_ADDRESS and set NNODES=1" >&2
+        exit 2
+    fi
     export ASYPPO_PRIVATE_TMPDIR=1
     CPU=("ray_kwargs.ray_init.runtime_env.py_executable='\$TMPDIR/python'") # as in recipe/asyppo/cpu.sh
 fi
@@ -75,7 +79,19 @@ CRITIC_TOKENS=${CRITIC_TOKENS:-36864}
 # verl's V1 trainer has one budget for its critic, under this name and no other.
 GAE=(algorithm.adv_estimator=gae +critic.ppo_infer_max_token_len_per_gpu="$CRITIC_TOKENS")
 case $ALGO in
-    asyppo) ALGORITHM=(algorithm.adv_estimator=asyppo +asyppo.num_critics="${NUM_CRITICS:-2}") ;;
+    asyppo)
+        # Compiled critics were tried with whole sequences only.
+        if [ "${CRITIC_SP:-1}" -gt 1 ]; then COMPILE_CRITICS=${COMPILE_CRITICS:-False}; fi
+        ALGORITHM=(
+            algorithm.adv_estimator=asyppo
+            +asyppo.num_critics="${NUM_CRITICS:-2}"
+            +asyppo.compile_critics="${COMPILE_CRITICS:-True}"
+        )
+        # Attention that is compiled with the rest. Sequence parallelism knows flash-attn only; on a CPU cpu.sh chooses.
+        if [ "${CRITIC_SP:-1}${VERL_PLATFORM:-}" = 1 ]; then
+            ALGORITHM+=(+critic.model.override_config.attn_implementation=torch_packed)
+        fi
+        ;;
     ppo) ALGORITHM=("${GAE[@]}") CRITIC_MODEL=$ACTOR_MODEL ;;
     ppo_small_critic) ALGORITHM=("${GAE[@]}") ;;
     grpo) ALGORITHM=(algorithm.adv_estimator=grpo critic.enable=False) ;;

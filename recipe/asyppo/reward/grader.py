@@ -32,11 +32,11 @@ UNREADABLE = re.compile(
 # "x = ...", "f(x) = ...", "P(X > 1) = ...", "a + b = ...", but not "2x = ..." or "x^2 = ..."
 NAME = re.compile(r"(?=.*[A-Za-z])(?:[^]\d^()[{}-]|(?:_|\\text)\{[^{}]*\}|\([^()]*\)|\[[^][]*\])+")
 EQUALS = re.compile(r"(?:=|\\in(?![a-z])|\\approx)(?![^{]*\})")
-# A value and its unit, or all and nothing. Not a unit: what changes the value or the statement, other punctuation, words with
-# a capital that no unit has.
+# A value and its unit, or all and nothing. Not a unit: what changes value or statement, other signs, capitals that no unit has.
 NO_UNIT = (
-    r"\b(?:not?|more|less|least|most|pairs?|dozens?|hundreds?|thousand|[mb]illion|squared|cubed|even|odd|is|if|of|to|[ap]m|times"
-    r"|id)\b|(?<!\\text)\{(?!\\text|\\circ|-?\d\})|.\(|[,.+]|\b(?!(?:[kMG]?(?:Hz|W|V|N|J|Pa|eV)|[KCFAT]|[A-Z]{3})\b)\w*[A-Z]"
+    r"\b(?:not?|more|less|least|most|below|above|except|(?:pair|dozen|hundred|thousand|\w*illion|third|quarter|\w+(?<!mon)th)s?"
+    r"|hal\w+|squared|cubed|factorial|plus|minus|times|modulo|base|even|odd|i[sfd]|of|to|[ap]m)\b|.\(|[,.+]|\d(?![^{}]*\})"
+    r"|(?<!\\text)\{(?!\\text|\\circ|(?<=\^\{)-?\d\})|\b(?!(?:[kMG]?(?:Hz|W|V|N|J|Pa|eV)|[KCFAT]|[A-Z]{3})\b)\w*[A-Z]"
 )
 UNIT = re.compile(
     rf"((?:[^A-Za-z\\]|\\(?:pi|frac|sqrt|times|cdot))+?(?=(?:[(^{{]|\\frac\{{|\\mu)*(?:\\text.*|\\circ\}}.*|%)$)"

@@ -1,4 +1,4 @@
-"""Reward of the toy task: 1 for exactly the right answer, else 0."""
+"""Reward of the toy tasks: 1 for exactly the right answer, else 0."""
 
 
 def compute_score(
