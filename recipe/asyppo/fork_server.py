@@ -93,7 +93,7 @@ def running(folder: str, environ: Mapping[str, str], log: IO[str]) -> Iterator[N
         try:
             yield
         finally:
-            server.terminate()
+            server.kill()
 
 
 def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -201,7 +201,7 @@ def has_started_cuda() -> bool:
 
 def main() -> None:
     program, listener = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ends with the process that started it
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the process that started it
     multiprocessing.set_executable(program)
     if cpu.is_selected():
         cpu.set_environment()
