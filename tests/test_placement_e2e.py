@@ -71,7 +71,7 @@ def test_the_placement_changes_no_bit_of_the_result(replays, placement):
         for key in trained:
             # These are summed in the order of the rows' keys, which verl draws anew at every replay.
             is_of_all_rows = key.startswith(
-                ("asyppo/explained_var", "asyppo/sigma/mean", "asyppo/critic_corr", "asyppo/adv_abs")
+                ("asyppo/explained_var", "asyppo/sigma/mean", "asyppo/critic_corr", "asyppo/adv_abs", "asyppo/mask/")
             )
             is_of_all_rows |= key.endswith("/explained_var")
             assert after[key] == (pytest.approx(before[key], rel=1e-4) if is_of_all_rows else before[key]), key
