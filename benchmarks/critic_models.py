@@ -57,11 +57,7 @@ def register_attention() -> None:
 
 def new_model(case: Case, device: str) -> Any:
     """A value model with random weights."""
-    shape = case.model
-    widths = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
-    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
-    counts = {"vocab_size": shape.vocab, "num_hidden_layers": shape.layers, "num_labels": 1}
-    config = Qwen3Config(**widths, **heads, **counts, classifier_dropout=0.0, use_cache=False)
+    config = Qwen3Config(**case.model.shape, num_labels=1, classifier_dropout=0.0, use_cache=False)
     kernel = attention(case.options, device)
     dtype = torch.float32 if case.is_full else torch.bfloat16
     with torch.device(device):

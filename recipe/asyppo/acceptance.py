@@ -101,7 +101,6 @@ def announce(machine: Machine) -> None:
 
 def make(folder: Path, machine: Machine) -> None:
     """Write the toy task, and random models with prompts and a reward for the recipe, once."""
-    import pandas as pd
     import torch
 
     from recipe.asyppo.toy import make_toy
@@ -110,24 +109,19 @@ def make(folder: Path, machine: Machine) -> None:
         torch.set_default_device("cuda")
     if not (folder / "toy/made.json").exists():
         make_toy.make(folder / "toy", head_dim=32 if machine.is_cpu else 64)
-    shapes = machine.models
-    tokenizer = make_toy.build_tokenizer(shapes["actor"].vocab)
+    tokenizer = make_toy.build_tokenizer(machine.models["actor"].vocab)
     torch.set_default_dtype(torch.bfloat16)
-    for index, (role, shape) in enumerate(shapes.items()):
+    for index, (role, shape) in enumerate(machine.models.items()):
         made = folder / role / "made"
         if made.exists() and made.read_text() == repr(shape):
             continue
-        widths = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
-        heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
-        rest = {"num_hidden_layers": shape.layers, "tie_word_embeddings": shape.tied, "rope_theta": 1e6}
-        make_toy.build_model(widths | heads | rest, tokenizer, index).save_pretrained(folder / role)
+        settings = {**shape.shape, "tie_word_embeddings": shape.tied, "rope_theta": 1e6}
+        make_toy.build_model(settings, tokenizer, index).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
         made.write_text(repr(shape))
     rng = random.Random(0)
     prompts = ["".join(rng.choices("abcdefghij ", k=rng.randint(100, 240))) for _ in range(512)]
-    answers = {"data_source": "random", "reward_model": {"style": "rule", "ground_truth": ""}}
-    rows = [{"prompt": [{"role": "user", "content": prompt}], **answers} for prompt in prompts]
-    pd.DataFrame(rows).to_parquet(folder / "prompts.parquet")
+    make_toy.write_pairs(folder, "random", [(prompt, "") for prompt in prompts], test=16)
     (folder / "reward.py").write_text(REWARD)
 
 
@@ -260,7 +254,7 @@ def check_recipe(folder: Path, machine: Machine, algorithm: str, check: Checks) 
     }
     variables |= {"STEPS": machine.steps, "SAVE_FREQ": -1, "FAST_START": 1, "ACTOR_TOKENS": machine.tokens}
     variables |= {"ACTOR_MODEL": folder / "actor", "CRITIC_MODEL": folder / "critic", "REWARD": folder / "reward.py"}
-    variables |= {"TRAIN_FILES": folder / "prompts.parquet", "VAL_FILES": folder / "prompts.parquet"}
+    variables |= {"TRAIN_FILES": folder / "train.parquet", "VAL_FILES": folder / "test.parquet"}
     recipe = Recipe(folder, f"recipe_{algorithm}", variables, [])
     code, steps = recipe.run(300), recipe.steps()
     seen = f"exit code {code}, {len(steps)} steps, log {recipe.log}"

@@ -27,6 +27,13 @@ class Model:
     value_head: bool = False
     """A scalar per token, with a bias, in place of the language-model head."""
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """Vocabulary, widths and counts, under their names in a Hugging Face configuration."""
+        widths = {"hidden_size": self.hidden, "intermediate_size": self.intermediate, "head_dim": self.head_dim}
+        heads = {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads}
+        return {"vocab_size": self.vocab, "num_hidden_layers": self.layers, **widths, **heads}
+
     def as_critic(self) -> "Model":
         return dataclasses.replace(self, value_head=True)
 
