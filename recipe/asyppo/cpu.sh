@@ -48,7 +48,7 @@ if [ -z "${RAY_ADDRESS:-}" ]; then
     CPU+=(
         +ray_kwargs.ray_init.address=local
         # Ray's shell reads it: python of the fork server, which recipe.asyppo.console keeps in that folder.
-        "ray_kwargs.ray_init.runtime_env.py_executable='\$TMPDIR/python'"
+        "++ray_kwargs.ray_init.runtime_env.py_executable='\$TMPDIR/python'"
         +ray_kwargs.ray_init.include_dashboard=False
         +ray_kwargs.ray_init.num_gpus=64
         ray_kwargs.ray_init.num_cpus=32
