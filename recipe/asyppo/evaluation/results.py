@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from recipe.asyppo.evaluation import score
-from recipe.asyppo.evaluation.labelled_reward import LABEL
 
 NO_MAJORITY = "maj@k is not available: the reward function returns no `pred`, the answer that it extracted"
 
@@ -30,6 +29,8 @@ def read_lines(path: Path) -> list[dict]:
 
 def read_dump(path: Path) -> list[dict]:
     """The samples of verl's validation dump, each with benchmark, problem, answer and whether it is right."""
+    from recipe.asyppo.evaluation.labelled_reward import LABEL  # here, since it imports verl, for seconds
+
     samples = []
     for row in read_lines(path):
         label = json.loads(row[LABEL])
