@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 
 
 def benchmark(root: Path, name: str) -> ModuleType:
@@ -135,45 +136,51 @@ def test_an_update_trains_every_critic(critic_cost):
 
 
 def test_critic_cost_runs_on_a_cpu(root):
-    result = last_line(root, "benchmarks/critic_cost.py", *CPU, "--lengths", "32", "--rows", "4")
-    rows = {row["phase"]: row for row in result["rows"]}
+    """An option that cannot be had is a row with its error."""
+    command = [*CPU[:2], "--cases", "2xtiny", "2xtiny+cudnn", "--lengths", "32", "--rows", "4"]
+    *found, failed = last_line(root, "benchmarks/critic_cost.py", *command)["rows"]
+    rows = {row["phase"]: row for row in found}
     assert set(rows) == {"update", "evaluation"} and not any("error" in row for row in rows.values())
     assert all(len(row["all_seconds"]) == 3 and min(row["all_seconds"]) == row["min"] > 0 for row in rows.values())
-
-
-def test_options_change_what_a_critic_costs_and_not_what_it_is(root):
-    """Norm of the first gradients and size of the values; an option that cannot be had is a row with its error."""
-    cases = [
-        "2xtiny",
-        "2xtiny+nockpt+keep+foreach",
-        "2xtiny+copy+head+1k",
-        "2xtiny+stack",
-        "2xtiny+each",
-        "2xtiny+cudnn",
-    ]
-    command = [*CPU[:2], "--cases", *cases, "--lengths", "32", "--rows", "4", "--repeats", "1"]
-    rows = last_line(root, "benchmarks/critic_cost.py", *command)["rows"]
-    checks = {(row["case"], row["phase"]): row["check"] for row in rows if "error" not in row}
-    assert len(checks) == 2 * 5 and all(check > 0 for check in checks.values())
-    for (case, phase), check in checks.items():
-        assert check == pytest.approx(checks["2xtiny", phase], rel=0.01), case
-    (failed,) = (row for row in rows if "error" in row)
     assert failed["case"] == "2xtiny+cudnn" and failed["phase"] == "update" and "No viable backend" in failed["error"]
 
 
-def test_a_case_that_takes_too_long_is_stopped(root):
-    result = last_line(root, "benchmarks/critic_cost.py", *CPU, "--lengths", "32", "--rows", "4", "--limit", "0.01")
-    assert [(row["phase"], row["error"]) for row in result["rows"]] == [("update", "stopped after 0.01 s")]
+def test_options_change_what_a_critic_costs_and_not_what_it_is(critic_cost, capsys):
+    """Norm of the first gradients and size of the values."""
+    names = ["2xtiny", "2xtiny+nockpt+keep+foreach", "2xtiny+copy+head+1k", "2xtiny+stack", "2xtiny+each"]
+    checks = {}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for name in names:
+            critic_cost.measure(case_of(critic_cost, name, length=32, rows=4), "cpu", repeats=1)
+            for line in map(json.loads, capsys.readouterr().out.splitlines()):
+                checks[name, line["phase"]] = line["check"]
+    finally:
+        dist.destroy_process_group()
+    assert len(checks) == 2 * len(names) and all(check > 0 for check in checks.values())
+    for (name, phase), check in checks.items():
+        assert check == pytest.approx(checks["2xtiny", phase], rel=0.01), name
 
 
-def test_critic_cost_refuses_rows_that_fit_nowhere(root):
-    for options, message in (
+def test_a_case_that_takes_too_long_is_stopped(critic_cost, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["critic_cost.py", *CPU, "--lengths", "32", "--rows", "4"])
+    _, (case,) = critic_cost.read_arguments()
+    (row,) = critic_cost.table([case], {}, limit=0.01)
+    assert (row["phase"], row["error"]) == ("update", "stopped after 0.01 s")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--tokens", "300", "--lengths", "64"], "--tokens 300 holds no row of 320 tokens"),
         (["--rows", "1"], "--rows 1 leaves one of 2 critics without a row"),
-    ):
-        command = [sys.executable, "benchmarks/critic_cost.py", *CPU, *options]
-        run = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        assert run.returncode == 2 and message in run.stderr
+    ],
+)
+def test_critic_cost_refuses_rows_that_fit_nowhere(critic_cost, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(sys, "argv", ["critic_cost.py", *CPU, *options])
+    with pytest.raises(SystemExit) as refused:
+        critic_cost.read_arguments()
+    assert refused.value.code == 2 and message in capsys.readouterr().err
 
 
 # -- driver_overhead -----------------------------------------------------------------------------------------------
@@ -261,6 +268,7 @@ def test_soak_tells_growth_from_a_start_that_is_slow(root):
 
 
 @pytest.mark.e2e
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_a_run_leaves_nothing_behind(root, toy):
     """Processes, shared memory, sockets, temporary folders; growth cannot be judged in so few steps."""
@@ -270,9 +278,13 @@ def test_a_run_leaves_nothing_behind(root, toy):
     assert {"TaskRunnerV1", "WorkerDict", "SimpleStorageUnit", "open files"} <= result["growth_per_100_steps"].keys()
 
 
-def test_a_kept_step_is_timed_and_counted(root):
+def test_a_kept_step_is_timed_and_counted(root, monkeypatch, capsys):
     options = ["--prompts", "4", "--length", "64", "--repeats", "2", "--step-seconds", "10"]
-    result = last_line(root, "benchmarks/inspection.py", *options)
+    inspection = benchmark(root, "inspection")
+    monkeypatch.setattr(sys, "argv", ["inspection.py", *options])
+    monkeypatch.setattr(inspection.batch_io, "tq", None)  # the benchmark puts its own there
+    inspection.main()
+    result = json.loads(capsys.readouterr().out)
     assert result["tokens"] == 2 * 16 * 64
     assert result["share"] == pytest.approx(result["seconds"] / 10, abs=1e-4)
 

@@ -184,7 +184,6 @@ def test_hydras_flags_are_known(flag):
     ("script", "flags"),
     [
         ("run_asyppo_cpu.sh", ["--cfg", "job", "--resolve", "--package", "algorithm"]),
-        ("run_asyppo_qwen3_4b.sh", ["--help"]),
         ("evaluate.sh", ["--cfg=job", "-p", "algorithm"]),
     ],
 )
@@ -199,8 +198,4 @@ def test_hydra_answers_on_the_terminal(root, toy, tmp_path, script, flags):
     )
     assert answer.returncode == 0, answer.stderr
     assert "starting Ray" not in answer.stdout and not list(tmp_path.iterdir())
-    if "algorithm" in flags:
-        shown = yaml.safe_load(answer.stdout)
-        assert shown["adv_estimator"] == ("grpo" if target else "asyppo")
-    else:
-        assert "powered by hydra" in answer.stdout.lower()
+    assert yaml.safe_load(answer.stdout)["adv_estimator"] == ("grpo" if target else "asyppo")
