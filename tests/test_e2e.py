@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 
 import pytest
 from training import train
@@ -48,17 +47,11 @@ def test_every_metric_has_a_row_and_no_row_is_stale(finished, root):
     assert not [key for key in logged if "min" in key or "max" in key], "verl would reduce these keys with min or max"
 
 
-def test_checkpoint_and_resume(finished, root, toy, tmp_path):
-    finished_dir, first, _ = finished
-    run_dir = tmp_path / "resumed"
-    shutil.copytree(finished_dir, run_dir)
+def test_the_last_checkpoint_is_kept(finished):
+    run_dir, _, _ = finished
     kept = run_dir / "checkpoints" / "global_step_2"
     assert sorted(path.name for path in (kept / "critic").iterdir()) == ["critic_0", "critic_1"]
     assert not list((run_dir / "checkpoints/global_step_1/critic").glob("critic_*/*.pt")), "max_critic_ckpt_to_keep=1"
-    steps, shown = train(root, toy, run_dir, "trainer.total_training_steps=3", "trainer.save_freq=1")
-    assert "after step 2" in shown and len(steps) == 3 and steps[:2] == first
-    check_asyppo(steps)
-    check_weight_sync(steps)
 
 
 def test_two_ranks_three_responses_and_another_mode_of_everything(root, toy, tmp_path):

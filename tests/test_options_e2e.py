@@ -2,9 +2,12 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from training import train
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -30,31 +33,20 @@ OWN_SAMPLER = ["trainer.v1.sampler.custom_sampler.path=null", "trainer.v1.sample
 
 
 COLOCATED: list[str] = []
-"""The default of ``asyppo.placement``; the other is the one that the mode is tried with."""
+"""The default of ``asyppo.placement``."""
 SPLIT = ["+asyppo.placement=split", "+asyppo.pool.n_gpus_per_node=2"]
 
 
-def test_colocate_async_trains(root, toy, tmp_path):
-    steps, _ = train(
-        root,
-        toy,
-        tmp_path / "colocate",
-        "trainer.v1.trainer_mode=colocate_async",
-        *OWN_SAMPLER,
-        "trainer.total_training_steps=3",
-        "trainer.save_freq=-1",
-    )
-    assert len(steps) == 3
-    check(steps, updates=1, ahead=True)
+def test_colocate_async_resumes_elsewhere_with_what_was_being_generated(root, toy, tmp_path):
+    """The batch that is generated ahead was already taken from the data: it is in the checkpoint, and trained on.
 
-
-def test_colocate_async_resumes_with_what_was_being_generated(root, toy, tmp_path):
-    """The batch that is generated ahead was already taken from the data: it is in the checkpoint, and trained on."""
-    given = ["trainer.v1.trainer_mode=colocate_async", *OWN_SAMPLER, *SPLIT, "trainer.save_freq=2"]
+    Each critic has one rank in both placements, so that the second run can load what the first one saved.
+    """
+    given = ["trainer.v1.trainer_mode=colocate_async", *OWN_SAMPLER, "trainer.save_freq=2"]
     environment = {"VERL_LOGGING_LEVEL": "INFO"}
     run_dir = tmp_path / "resumed"
-    train(root, toy, run_dir, *given, "trainer.total_training_steps=2", **environment)
-    steps, shown = train(root, toy, run_dir, *given, "trainer.total_training_steps=3", **environment)
+    train(root, toy, run_dir, *given, "trainer.total_training_steps=2", *COLOCATED, **environment)
+    steps, shown = train(root, toy, run_dir, *given, "trainer.total_training_steps=3", *SPLIT, **environment)
     assert "after step 2" in shown and len(steps) == 3
     log = (run_dir / "log").read_text()
     assert "Loading TransferQueue state from" in log
@@ -94,31 +86,11 @@ def test_separate_async_trains(root, toy, tmp_path, placement):
         assert step["training/rollout_probs_diff_max"] < 1e-4 and abs(step["actor/ppo_kl"]) > 1e-6
 
 
-def test_fsdp1_trains(root, toy, tmp_path):
-    """Actor and critics under verl's older strategy, with a checkpoint at the end."""
-    steps, _ = train(
-        root,
-        toy,
-        tmp_path / "fsdp1",
-        "actor_rollout_ref.actor.strategy=fsdp",
-        "critic.strategy=fsdp",
-        "trainer.total_training_steps=2",
-        "trainer.save_freq=2",
-    )
-    assert len(steps) == 2
-    check(steps, updates=1, ahead=False)
-    # The second step's rollout has the weights of the first one's updates, which moved the policy.
-    assert (
-        all(step["training/rollout_probs_diff_max"] < 1e-4 for step in steps) and abs(steps[0]["actor/ppo_kl"]) > 1e-6
-    )
-    saved = {
-        path.parent.name for path in (tmp_path / "fsdp1/checkpoints/global_step_2").rglob("model_world_size_1_*.pt")
-    }
-    assert saved == {"actor", "critic_0", "critic_1"}
+def test_two_turns_train_under_fsdp1(root, toy, tmp_path):
+    """16 prompts x 4 sessions of two turns of 2 tokens, with 3 tokens of the environment between them.
 
-
-def test_two_turns_train(root, toy, tmp_path):
-    """16 prompts x 4 sessions of two turns of 2 tokens, with 3 tokens of the environment between them."""
+    Actor and critics are under verl's older strategy, with a checkpoint at the end.
+    """
     (tmp_path / "loops.yaml").write_text("- name: two_turns\n  _target_: two_turns.TwoTurns\n")
     steps, _ = train(
         root,
@@ -127,8 +99,10 @@ def test_two_turns_train(root, toy, tmp_path):
         f"actor_rollout_ref.rollout.agent.agent_loop_config_path={tmp_path}/loops.yaml",
         "actor_rollout_ref.rollout.agent.default_agent_loop=two_turns",
         "data.max_response_length=8",
+        "actor_rollout_ref.actor.strategy=fsdp",
+        "critic.strategy=fsdp",
         "trainer.total_training_steps=2",
-        "trainer.save_freq=-1",
+        "trainer.save_freq=2",
         PYTHONPATH=str(root / "tests"),
     )
     assert len(steps) == 2
@@ -139,19 +113,40 @@ def test_two_turns_train(root, toy, tmp_path):
         # 256 tokens are the model's; with the environment's 96 the share would be 70/352.
         assert step_metrics["asyppo/adv_masked_fraction"] == pytest.approx(51 / 256)
         assert step_metrics["asyppo/entropy_filtered_fraction"] == pytest.approx(51 / 256)
-        assert step_metrics["asyppo/incomplete_groups"] == 0
+        assert step_metrics["asyppo/incomplete_groups"] == 0 and step_metrics["asyppo/sigma/mean"] > 0
         assert all(step_metrics[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(2))
+        assert step_metrics["actor/grad_norm"] > 0
+        assert all(value is not None and math.isfinite(value) for value in step_metrics.values())
         # The environment's tokens have no probability of the rollout, and none is compared.
+        # The second step's rollout has the weights of the first one's updates, which moved the policy.
         assert step_metrics["training/rollout_probs_diff_max"] < 1e-4
+    assert abs(steps[0]["actor/ppo_kl"]) > 1e-6
+    saved = {
+        path.parent.name for path in (tmp_path / "turns/checkpoints/global_step_2").rglob("model_world_size_1_*.pt")
+    }
+    assert saved == {"actor", "critic_0", "critic_1"}
 
 
-def test_kl_terms_correction_offload_and_entropy_train_together(root, toy, tmp_path):
-    """Each of them leaves its trace in the metrics."""
-    beta = 0.05
+def test_a_reward_model_and_other_options_train_together(root, toy, tmp_path):
+    """KL terms, correction, offload, the entropy bonus; and scores of a classifier that vLLM serves on the trainer's rank."""
+    beta, server = 0.05, "reward.reward_model.rollout"
+    make_judge(toy, tmp_path / "judge")
     steps, _ = train(
         root,
         toy,
         tmp_path / "options",
+        "reward.custom_reward_function.path=null",
+        "reward.reward_model.enable=True",
+        f"reward.reward_model.model_path={tmp_path}/judge",
+        f"{server}.name=vllm",
+        f"{server}.dtype=float32",
+        f"{server}.tensor_model_parallel_size=1",
+        f"{server}.free_cache_engine=False",
+        f"+{server}.enable_sleep_mode=False",
+        f"{server}.max_num_seqs=64",
+        f"{server}.prompt_length=64",
+        f"{server}.response_length=16",
+        f"+{server}.engine_kwargs.vllm.distributed_executor_backend=vllm.v1.executor.uniproc_executor.UniProcExecutor",
         "algorithm.use_kl_in_reward=True",
         f"algorithm.kl_ctrl.kl_coef={beta}",
         "actor_rollout_ref.actor.use_kl_loss=True",
@@ -177,6 +172,9 @@ def test_kl_terms_correction_offload_and_entropy_train_together(root, toy, tmp_p
     # In float32 the trainer and vLLM give the same probabilities: weights of 1.
     assert second["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-3)
     for step_metrics in steps:
+        # A score of an untrained head is neither 0 nor 1, as a rule's would be, and differs between responses.
+        assert step_metrics["critic/score/min"] < step_metrics["critic/score/mean"] < step_metrics["critic/score/max"]
+        assert step_metrics["critic/score/mean"] not in (0, 1)
         assert step_metrics["actor/entropy_loss"] > 0
         # 20 % of the tokens, those with the highest sigma, earn no entropy bonus.
         assert step_metrics["actor/entropy_loss"] < step_metrics["actor/entropy"]
@@ -184,38 +182,9 @@ def test_kl_terms_correction_offload_and_entropy_train_together(root, toy, tmp_p
         assert all(step_metrics[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(2))
 
 
-def test_a_reward_model_trains(root, toy, tmp_path):
-    """Scores of a classifier, served by vLLM on the trainer's rank and fetched after sampling."""
-    import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
-
+def make_judge(toy: Path, folder: Path) -> None:
+    """A classifier with an untrained head."""
     torch.manual_seed(0)
     config = Qwen3Config.from_pretrained(toy / "critic", num_labels=1, architectures=["Qwen3ForSequenceClassification"])
-    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "judge")
-    AutoTokenizer.from_pretrained(toy / "critic").save_pretrained(tmp_path / "judge")
-    server = "reward.reward_model.rollout"
-    steps, _ = train(
-        root,
-        toy,
-        tmp_path / "model",
-        "reward.custom_reward_function.path=null",
-        "reward.reward_model.enable=True",
-        f"reward.reward_model.model_path={tmp_path}/judge",
-        f"{server}.name=vllm",
-        f"{server}.dtype=float32",
-        f"{server}.tensor_model_parallel_size=1",
-        f"{server}.free_cache_engine=False",
-        f"+{server}.enable_sleep_mode=False",
-        f"{server}.max_num_seqs=64",
-        f"{server}.prompt_length=64",
-        f"{server}.response_length=16",
-        f"+{server}.engine_kwargs.vllm.distributed_executor_backend=vllm.v1.executor.uniproc_executor.UniProcExecutor",
-        "trainer.total_training_steps=2",
-        "trainer.save_freq=-1",
-    )
-    assert len(steps) == 2
-    for step_metrics in steps:
-        # A score of an untrained head is neither 0 nor 1, as a rule's would be, and differs between responses.
-        assert step_metrics["critic/score/min"] < step_metrics["critic/score/mean"] < step_metrics["critic/score/max"]
-        assert step_metrics["critic/score/mean"] not in (0, 1)
-        assert all(step_metrics[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(2))
+    Qwen3ForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(toy / "critic").save_pretrained(folder)

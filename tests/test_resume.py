@@ -19,6 +19,7 @@ from processes import wait_until_all_are_gone
 from replay import Replay, probed, settings
 from rollouts import STEPS
 from test_bad_input import cut, driver
+from test_e2e import check_asyppo, check_weight_sync
 from test_parity import assert_same, trained
 from training import SMALL
 
@@ -150,11 +151,16 @@ def test_a_run_that_its_reward_stops_goes_on_when_that_is_mended_until_told_to_e
     assert code and "64 of 64 responses of step 2 have rewards that are not finite" in shown[-4000:], shown[-4000:]
     assert last_complete(run_dir) == 1
     assert [path.name for path in (run_dir / "checkpoints").glob("global_step_*")] == ["global_step_1"]
+    (before,) = Replay(run_dir).metrics().values()
 
     reward.write_text(BROKEN_REWARD.replace("> 64", "< 0"))
     code, shown = run()
     assert code == 128 + signal.SIGTERM and "after step 1" in shown and "ended by SIGTERM" in shown, shown[-4000:]
-    assert sorted(Replay(run_dir).metrics())[:2] == [1, 2]
+    metrics = Replay(run_dir).metrics()
+    assert sorted(metrics)[:2] == [1, 2] and metrics[1] == before
+    # vLLM too goes on with the weights of the checkpoint, which are not those that the run began with.
+    check_asyppo([metrics[1], metrics[2]])
+    check_weight_sync([metrics[1], metrics[2]])
 
 
 # -- corrupt checkpoints ------------------------------------------------------------------------------------------
