@@ -12,11 +12,13 @@ if ! command -v chromium google-chrome chrome > /dev/null && [ "$(id -u)" = 0 ];
     apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null
 fi
 unset PYTHONDONTWRITEBYTECODE # what a hundred processes import is compiled once
-FAST="not ray and not e2e"
-ON_ALL_CORES=(-n auto --dist loadfile)
+FAST="not ray and not e2e" SLOW="(ray or e2e) and not alone"
+# Which process runs what: tests/conftest.py.
+ON_ALL_CORES=(-n auto --durations=25) TWO_AT_A_TIME=(-n 2 --durations=25)
 if [ $# = 0 ]; then
     .venv/bin/python -m pytest "${ON_ALL_CORES[@]}" -m "$FAST"
-    exec .venv/bin/python -m pytest -m "ray or e2e"
+    .venv/bin/python -m pytest "${TWO_AT_A_TIME[@]}" -m "$SLOW"
+    exec .venv/bin/python -m pytest -m alone
 fi
 [ "$*" = "-m $FAST" ] && set -- "${ON_ALL_CORES[@]}" "$@"
 exec .venv/bin/python -m pytest "$@"

@@ -5,6 +5,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["VERL_PLATFORM"] = "cpu"
 # Every property test sees the same examples on every machine.
@@ -21,9 +22,57 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+TOGETHER = {
+    "finished": (
+        "test_critic_only",
+        "test_e2e.py::test_one_rank",
+        "test_e2e.py::test_every_metric",
+        "test_e2e.py::test_the_last_checkpoint",
+        "test_evaluate",
+        "test_placement_e2e",
+    ),
+    "uninterrupted": (
+        "test_parity.py::test_golden_run",
+        "test_resume.py::test_a_killed",
+        "test_resume.py::test_the_checkpoint",
+        "test_resume.py::test_a_corrupt",
+        "test_resume.py::test_an_earlier",
+    ),
+}
+"""Fixtures that train, and beginnings of the names of the tests that share one."""
+APART = ("test_benchmarks", "test_e2e", "test_options_e2e", "test_recipe_e2e", "test_resume")
+"""Files whose other tests share nothing that is expensive."""
+LONG = (*TOGETHER, "test_parity", "test_older_verl", "test_acceptance", "test_laws", "test_critics")
+
+
+def group_of(nodeid: str) -> str:
+    """What one process of pytest-xdist has to itself: the tests of a file, or those that share a training run."""
+    name = nodeid.removeprefix("tests/")
+    for fixture, beginnings in TOGETHER.items():
+        if name.startswith(beginnings):
+            return fixture
+    return name if name.startswith(APART) else name.partition(".py")[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, whole training runs last."""
-    items.sort(key=lambda item: 2 * bool(item.get_closest_marker("e2e")) + bool(item.get_closest_marker("ray")))
+    """Fast tests first; of the others the longest groups, so that no process waits for another one at the end."""
+
+    def rank(item: pytest.Item) -> tuple[bool, int, bool]:
+        is_ray, is_e2e = (bool(item.get_closest_marker(mark)) for mark in ("ray", "e2e"))
+        group = group_of(item.nodeid)
+        return is_ray or is_e2e, LONG.index(group) if group in LONG else len(LONG), is_ray
+
+    items.sort(key=rank)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal groups to the processes in this order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = group_of
+    return scheduler
 
 
 ROOT = Path(__file__).resolve().parent.parent

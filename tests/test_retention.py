@@ -1,7 +1,9 @@
 """Which checkpoint a run goes on from while another is written: on folders as verl leaves them."""
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -137,5 +139,9 @@ print("asked")
 @pytest.mark.ray
 def test_every_other_node_is_asked_once(tmp_path):
     """Disks may be a node's own, so the trainer's removal alone would leave all others full."""
-    run = subprocess.run([sys.executable, "-c", NODES, tmp_path], capture_output=True, text=True, timeout=180)
+    command = [sys.executable, "-c", NODES, tmp_path]
+    # A temporary folder of its own, since others look there for a cluster that is running.
+    with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
+        env = {**os.environ, "TMPDIR": folder}
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0 and run.stdout.endswith("asked\n"), run.stderr[-3000:]
