@@ -10,13 +10,20 @@ from typing import Any
 os.environ["VERL_PLATFORM"] = "cpu"
 # Every property test sees the same examples on every machine.
 os.environ.setdefault("PYTHONHASHSEED", "0")
+# Side by side, processes of pytest-xdist have a core each; threads that wait for a core that is taken are slow.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import omegaconf.base
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import settings
+
+# Hundreds of tests resolve the same interpolations of verl's configuration, which omegaconf would parse anew each time.
+omegaconf.base.parse = functools.cache(omegaconf.base.parse)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -40,7 +47,8 @@ TOGETHER = {
     ),
 }
 """Fixtures that train, and beginnings of the names of the tests that share one."""
-APART = ("test_benchmarks", "test_e2e", "test_options_e2e", "test_recipe_e2e", "test_resume")
+APART = ("test_bad_input", "test_benchmarks", "test_checks", "test_console", "test_e2e", "test_options_e2e")
+APART += ("test_plan", "test_plugin", "test_recipe_e2e", "test_resume")
 """Files whose other tests share nothing that is expensive."""
 LONG = (*TOGETHER, "test_parity", "test_older_verl", "test_acceptance", "test_laws", "test_critics")
 
