@@ -187,14 +187,14 @@ def test_critic_cost_refuses_rows_that_fit_nowhere(critic_cost, monkeypatch, cap
 
 
 def test_driver_overhead_runs_the_trainers_hooks(root):
-    result = last_line(root, "benchmarks/driver_overhead.py", "--exponents", "22", "--repeats", "2")
+    result = last_line(root, "benchmarks/driver_overhead.py", "--exponents", "20", "--repeats", "2")
     low, high = result["spread_seconds"]
-    assert result["tokens"] == 1 << 22 and 0 < low <= result["seconds"] <= high
+    assert result["tokens"] == 1 << 20 and 0 < low <= result["seconds"] <= high
     assert result["peak_gib"] == max(result["stage_peak_gib"])
     # Two critics' values fetched and stacked, their mean and sigma: 24 bytes a token at the very least, and not 500.
-    assert 24 * 2**22 < result["peak_gib"] * 2**30 < 500 * 2**22
+    assert 24 * 2**20 < result["peak_gib"] * 2**30 < 500 * 2**20
     # A fifth of the response tokens, whose floor is off by at most one token.
-    assert result["masked"] == pytest.approx([0.2, 0.2], abs=1e-6)
+    assert result["masked"] == pytest.approx([0.2, 0.2], abs=2e-6)
 
 
 # -- step_time -----------------------------------------------------------------------------------------------------

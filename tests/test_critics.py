@@ -64,6 +64,11 @@ class ProbedWorker(MiniCriticEnsembleWorker):
         ]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def held(self) -> list[int]:
+        """The critics of this rank."""
+        return list(self.critics)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def bring_heads_together(self, distance: float) -> None:
         """Move critic 1's head to within ``distance`` times their difference of critic 0's."""
 
@@ -474,6 +479,12 @@ def test_the_saved_configuration_names_the_class_that_was_saved(pair, tmp_path):
     pair.save_checkpoint(str(tmp_path), None, 1, None)
     config = AutoConfig.from_pretrained(tmp_path / "critic_0" / "huggingface")
     assert config.architectures == ["Qwen3ForTokenClassification"]
+
+
+def test_ranks_are_dealt_to_critics_in_runs_as_the_driver_groups_them(dealt):
+    """Else a critic's calls would reach ranks of another one, and wait for ever."""
+    assert dealt.held() == [[0], [0], [1], [1]]
+    assert [share.held() for share in share_groups(dealt, 2)] == [[[0], [0]], [[1], [1]]]
 
 
 def test_a_critic_on_its_own_share_is_the_critic_that_spans_as_many_ranks(pair, dealt):
