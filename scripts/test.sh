@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests need and run all of them: the fast ones on all cores, then those with Ray workers, then training
-# runs on the CPU (about an hour in all on two cores). Arguments go to pytest:
+# Install what the tests need and run all of them: the fast ones on all cores, then those with Ray workers or training runs
+# on the CPU, two at a time, then what must have the machine to itself. Arguments go to pytest:
 #   bash scripts/test.sh -m "not ray and not e2e"
 #   bash scripts/test.sh tests/test_asyppo.py -k shard
 set -euo pipefail
