@@ -40,12 +40,8 @@ def progress(store: Store, seeds: Seeds) -> list[str]:
     """A line for every row: how many of its runs are done."""
     lines = []
     for row in rows.rows():
-        try:
-            task, runs = rows.runs_of(row, store, seeds)
-        except ValueError as error:
-            lines.append(f"{row:22} {str(error).partition(' needs ')[2] and 'after tuning-' + row.partition('-')[2]}")
-        else:
-            lines.append(f"{row:22} {sum(store.line(task, run) is not None for run in runs)} of {len(runs)} runs")
+        task, runs = rows.runs_of(row, store, seeds)
+        lines.append(f"{row:18} {sum(store.line(task, run) is not None for run in runs)} of {len(runs)} runs")
     return lines
 
 
@@ -57,7 +53,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
     """Scores of what needs no learned critics, at every actor learning rate."""
     body = [
-        [f"{lr:g}", *(shown(store.scores(task, replace(ALGORITHMS[a], actor_lr=lr), seeds.main)) for a in FITNESS)]
+        [f"{lr:g}", *(shown(store.scores(task, replace(ALGORITHMS[a], actor_lr=lr), seeds.tuning)) for a in FITNESS)]
         for lr in rows.ACTOR_LRS
     ]
     return table(["actor lr", *FITNESS], body)
