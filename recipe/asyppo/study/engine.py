@@ -28,6 +28,7 @@ class Run(Settings):
     mask_by: str = (
         "sigma"  # sigma, relative (to its mean at that position), highest, random, surprisal (of the drawn token)
     )
+    mask_from: float | None = None  # explained variance of a step's values from which on its tokens are selected
     prompts: int = 16
     responses: int = 8
     mini_batches: int = 4
@@ -94,14 +95,18 @@ def credit(
     if len(values_MRBT) == 0:
         return group_advantage(runs[0], rewards_RBT, is_response_RBT), rewards_RBT, is_response_RBT, {}
     lam_R, critic_lam_R = (torch.tensor([getattr(run, name) for run in runs]) for name in ("lam", "critic_lam"))
-    shares = [(run.adv_mask_fraction, run.entropy_filter_fraction) for run in runs]
-    k, h = zip(*shares, strict=True)
     value_RBT, sigma_RBT = asyppo.ensemble_value(values_MRBT)
     advantages_RBT, _ = gae(rewards_RBT, value_RBT, is_response_RBT, lam_R)
     _, returns_RBT = gae(rewards_RBT, value_RBT, is_response_RBT, critic_lam_R)
     metrics = {"explained_var": explained_variance(value_RBT, rewards_RBT, is_response_RBT).tolist()}
     if len(values_MRBT) == 1:
         return advantages_RBT, returns_RBT, is_response_RBT, metrics
+    selects = [
+        run.mask_from is None or explained >= run.mask_from
+        for run, explained in zip(runs, metrics["explained_var"], strict=True)
+    ]
+    k = [run.adv_mask_fraction * here for run, here in zip(runs, selects, strict=True)]
+    h = [run.entropy_filter_fraction * here for run, here in zip(runs, selects, strict=True)]
     keep_adv_RBT = keep(mask_score(runs, sigma_RBT, surprisal_RBT), is_response_RBT, k, largest=False)
     keep_ent_RBT = keep(sigma_RBT, is_response_RBT, h, largest=True)
     size_RBT = advantages_RBT.abs() * is_response_RBT

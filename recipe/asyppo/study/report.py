@@ -51,11 +51,13 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
-    """Scores of what needs no learned critics, at every actor learning rate."""
-    body = [
-        [f"{lr:g}", *(shown(store.scores(task, replace(ALGORITHMS[a], actor_lr=lr), seeds.tuning)) for a in FITNESS)]
-        for lr in rows.ACTOR_LRS
-    ]
+    """Mean scores of what needs no learned critics on the tuning seeds, at every actor learning rate."""
+
+    def cell(algorithm: str, lr: float) -> str:
+        scores = store.scores(task, replace(ALGORITHMS[algorithm], actor_lr=lr), seeds.tuning)
+        return f"{fmean(scores):.3f}" if scores else "not run"
+
+    body = [[f"{lr:g}", *(cell(algorithm, lr) for algorithm in FITNESS)] for lr in rows.ACTOR_LRS]
     return table(["actor lr", *FITNESS], body)
 
 

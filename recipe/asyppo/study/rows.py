@@ -101,6 +101,7 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
             "masks off": bare,
             "mask alone": masked,
             "filter alone": replace(run, adv_mask_fraction=0.0),
+            "both from 0.2 explained": replace(run, mask_from=0.2),
         },
         "lambdas": {
             f"lam={lam} critic_lam={critic_lam}": replace(run, lam=lam, critic_lam=critic_lam)
