@@ -107,6 +107,12 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
             f"lam={lam} critic_lam={critic_lam}": replace(run, lam=lam, critic_lam=critic_lam)
             for lam, critic_lam in ((0.95, 1.0), (0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (1.0, 1.0), (0.95, 0.95))
         },
+        "lam0": {
+            "both": (at_once := replace(run, lam=0.0)),
+            "both from 0.2 explained": replace(at_once, mask_from=0.2),
+            "masks off": (unmasked := replace(bare, lam=0.0)),
+            "one small critic": replace(unmasked, num_critics=1),
+        },
         "shares": {"k=0.2 h=0.2": run} | kh,
         "shard": {shard: replace(run, shard=shard) for shard in ("group", "prompt", "none", "half")},
         "number": {
