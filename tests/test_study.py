@@ -154,14 +154,12 @@ def test_equal_data_for_each_critic():
 @pytest.fixture
 def study(monkeypatch, tmp_path):
     """The command on a tiny task and grid, and the folder of its runs."""
-    monkeypatch.setattr(tasks, "TASKS", {"plain": Task("plain", **TINY)})
+    monkeypatch.setattr(tasks, "TASKS", {"plain": Task("plain", actor_lrs=(1e-3, 2e-3), **TINY)})
     monkeypatch.setattr(rows, "TASKS", tasks.TASKS)
     monkeypatch.setattr(report, "TASKS", tasks.TASKS)
     for name, algorithm in rows.ALGORITHMS.items():
         small = replace(algorithm, prompts=2, responses=4, mini_batches=1, critic_size=(16, 1 + (name == "ppo")))
         monkeypatch.setitem(rows.ALGORITHMS, name, small)
-    monkeypatch.setattr(rows, "ACTOR_LRS", (1e-3, 2e-3))
-    monkeypatch.setattr(rows, "LEARNED_LRS", (1e-3, 2e-3))
     monkeypatch.setattr(rows, "CRITIC_LRS", (1e-3,))
     document = tmp_path / "study.md"
     document.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -183,9 +181,9 @@ def test_rows_resume_and_report(study, capsys):
     assert run("fitness-plain") == fitness
     main = run("main-plain", "masks-plain")
     assert main[: len(fitness)] == fitness
-    assert len({line["key"] for line in main}) == len(main) == len(fitness) + 3 * (2 * 1 + 2) + 3 * 2
+    assert len({line["key"] for line in main}) == len(main) == len(fitness) + 3 * (1 + 2) + 4 * 2
     run("--list")
-    assert "masks-plain        10 of 10 runs" in capsys.readouterr().out
+    assert "masks-plain        12 of 12 runs" in capsys.readouterr().out
     run("report")
     text = document.read_text()
     assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text
@@ -201,8 +199,8 @@ def test_intervals_and_the_choice_of_settings(tmp_path):
     mean, half = report.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
     store, seeds = Store(tmp_path, steps=1), Seeds(main=(0,), tuning=(100,))
-    for index, run in enumerate(rows.grid("grpo")):
+    for index, run in enumerate(rows.grid("plain", "grpo")):
         store.add("plain", replace(run, seed=100), [index == 2])
         store.add("plain", replace(run, seed=0), [index == 4])
-    assert rows.best(Store(tmp_path, steps=1), "plain", "grpo", seeds).actor_lr == rows.ACTOR_LRS[2]
+    assert rows.best(Store(tmp_path, steps=1), "plain", "grpo", seeds).actor_lr == tasks.TASKS["plain"].actor_lrs[2]
     assert rows.best(store, "plain", "ppo", seeds) is None

@@ -57,7 +57,7 @@ def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
         scores = store.scores(task, replace(ALGORITHMS[algorithm], actor_lr=lr), seeds.tuning)
         return f"{fmean(scores):.3f}" if scores else "not run"
 
-    body = [[f"{lr:g}", *(cell(algorithm, lr) for algorithm in FITNESS)] for lr in rows.ACTOR_LRS]
+    body = [[f"{lr:g}", *(cell(algorithm, lr) for algorithm in FITNESS)] for lr in TASKS[task].actor_lrs]
     return table(["actor lr", *FITNESS], body)
 
 

@@ -13,8 +13,6 @@ from statistics import fmean
 from recipe.asyppo.study.engine import Run
 from recipe.asyppo.study.tasks import TASKS, Task
 
-ACTOR_LRS = (1e-3, 2e-3, 4e-3, 8e-3)
-LEARNED_LRS = ACTOR_LRS[:3]  # with learned critics
 CRITIC_LRS = (3e-3, 1e-2)
 ALGORITHMS = {
     "grpo": Run(num_critics=0),
@@ -72,17 +70,17 @@ class Seeds:
     tuning: tuple[int, ...] = (100, 101)
 
 
-def grid(algorithm: str) -> list[Run]:
-    """The settings among which an algorithm's is chosen."""
-    base = ALGORITHMS[algorithm]
+def grid(task: str, algorithm: str) -> list[Run]:
+    """The settings among which an algorithm's is chosen; the highest rate only shows where those without critics break."""
+    base, rates = ALGORITHMS[algorithm], TASKS[task].actor_lrs
     if algorithm in WITHOUT_CRITICS:
-        return [replace(base, actor_lr=lr) for lr in ACTOR_LRS]
-    return [replace(base, actor_lr=lr, critic_lr=critic_lr) for lr, critic_lr in product(LEARNED_LRS, CRITIC_LRS)]
+        return [replace(base, actor_lr=lr) for lr in rates]
+    return [replace(base, actor_lr=lr, critic_lr=critic_lr) for lr, critic_lr in product(rates[:-1], CRITIC_LRS)]
 
 
 def best(store: Store, task: str, algorithm: str, seeds: Seeds) -> Run | None:
     """The setting with the highest mean score on the tuning seeds; None before they are there."""
-    settings = grid(algorithm)
+    settings = grid(task, algorithm)
     scores = {run: fmean(found) for run in settings if (found := store.scores(task, run, seeds.tuning))}
     return max(scores, key=scores.__getitem__) if len(scores) == len(settings) else None
 
@@ -144,7 +142,7 @@ def runs_of(row: str, store: Store, seeds: Seeds) -> tuple[str, list[Run]]:
     if task not in TASKS or name not in NAMES:
         raise ValueError(f"row {row!r} is none of: {', '.join(rows())}")
     algorithms = {"fitness": WITHOUT_CRITICS, "main": tuple(ALGORITHMS)}.get(name, ("asyppo",))
-    grids = with_seeds([run for algorithm in algorithms for run in grid(algorithm)], seeds.tuning)
+    grids = with_seeds([run for algorithm in algorithms for run in grid(task, algorithm)], seeds.tuning)
     tuned = [run for algorithm in algorithms if (run := best(store, task, algorithm, seeds))]
     if len(tuned) < len(algorithms):
         return task, grids

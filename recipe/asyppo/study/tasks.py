@@ -38,6 +38,7 @@ class Task:
     chance: tuple[float, float] = (0.15, 0.6)  # probability of the right digit: hard symbols, easy symbols
     hard: float = 0.5  # share of hard symbols
     actor_size: tuple[int, int] = (32, 2)
+    actor_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     supervised_steps: int = 400
     demonstrations: int = 512  # in each of these steps
 
@@ -186,7 +187,15 @@ TASKS = {
         Task("tool", remarks="observed"),
         Task("plain"),
         Task("own", remarks="own"),
-        Task("exact", remarks="observed", answers=8, is_exact=True, chance=(0.3, 0.95), hard=0.2),
+        Task(
+            "exact",
+            remarks="observed",
+            answers=8,
+            is_exact=True,
+            chance=(0.3, 0.95),
+            hard=0.2,
+            actor_lrs=(2.5e-4, 5e-4, 1e-3, 2e-3),
+        ),
         Task("long", remarks="observed", answers=32),
     )
 }
