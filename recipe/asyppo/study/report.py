@@ -64,7 +64,7 @@ def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
 def setting(run: Run | None, algorithm: str) -> str:
     if run is None:
         return "not tuned"
-    critics = f", critic lr {run.critic_lr:g}, pre-training {run.critic_warmup} steps" if run.num_critics else ""
+    critics = f", critic lr {run.critic_lr:g}" if run.num_critics else ""
     return f"actor lr {run.actor_lr:g}{critics}"
 
 
