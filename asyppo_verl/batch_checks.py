@@ -108,6 +108,6 @@ def warn_of_blind_critics(explained: Sequence[float], step: int) -> bool:
             f"steps {step - len(explained) + 1} to {step}: the critics explain nothing of the returns (median of "
             f"asyppo/explained_var {median:.3f}), so the masks follow noise. Train the critics first "
             "(trainer.critic_warmup), on more responses (asyppo.shard=none), more often (critic.ppo_epochs=4), or take "
-            "larger ones; or switch the masks off (asyppo.adv_mask_fraction=0 asyppo.entropy_filter_fraction=0)"
+            "larger ones; or let the masks wait for them (asyppo.selection=asyppo_verl.selection.once_explained)"
         )
     return is_blind

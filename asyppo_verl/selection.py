@@ -16,6 +16,8 @@ Rows stand in the order of their keys, whatever the balancing. A rule that masks
     def surest(entropy_N, is_response_N, adv_mask_fraction):
         keep_N = keep_advantage(entropy_N, is_response_N, fraction=adv_mask_fraction)
         return keep_N, torch.ones_like(keep_N)
+
+:func:`once_explained` is one that comes with the package.
 """
 
 import importlib
@@ -25,6 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from asyppo_verl.asyppo import select_tokens
+from asyppo_verl.metrics import explained_variance, moments
 
 Selection = Callable[..., tuple[Tensor, Tensor]]
 """Returns (tokens whose advantage is used, tokens whose entropy earns the bonus): bool, (N,)."""
@@ -72,3 +77,24 @@ def select(
     if len(selected) != 2 or any(keep_N.dtype != torch.bool or keep_N.shape != shape for keep_N in selected):
         raise ValueError(f"asyppo.selection must return two bool vectors of shape {tuple(shape)}")
     return selected
+
+
+def once_explained(
+    sigma_N: Tensor,
+    value_N: Tensor,
+    returns_N: Tensor,
+    is_response_N: Tensor,
+    adv_mask_fraction: float,
+    entropy_filter_fraction: float,
+    explained: float = 0.2,
+) -> tuple[Tensor, Tensor]:
+    """:func:`asyppo_verl.asyppo.select_tokens` in steps whose values explain at least that share of the returns' variance.
+
+    In other steps every token is used: the critics' disagreement is then the noise of their heads (docs/study.md).
+    """
+    _, cov_RR = moments((value_N, returns_N), is_response_N)
+    if explained_variance(cov_RR, 0, 1) < explained:
+        adv_mask_fraction = entropy_filter_fraction = 0.0
+    return select_tokens(
+        sigma_N, is_response_N, adv_mask_fraction=adv_mask_fraction, entropy_filter_fraction=entropy_filter_fraction
+    )

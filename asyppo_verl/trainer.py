@@ -169,7 +169,7 @@ class AsyPPOMixin(_Base):
         metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
         metrics.update(selection_metrics(responses["advantages"], sigma_N, keep_adv_N, keep_ent_N, is_response_N))
         metrics.update(mask_metrics(responses["advantages"], returns_N, keep_adv_N, is_response_N))
-        selects = self.asyppo.adv_mask_fraction > 0 or self.asyppo.entropy_filter_fraction > 0
+        selects = metrics["asyppo/adv_masked_fraction"] > 0 or metrics["asyppo/entropy_filtered_fraction"] > 0
         if not self._is_blind and self.asyppo.num_critics > 1 and selects:
             self._explained.append(metrics["asyppo/explained_var"])
             self._is_blind = batch_checks.warn_of_blind_critics(self._explained, self.global_steps)

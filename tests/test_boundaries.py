@@ -14,7 +14,7 @@ ALLOWED = {
     "asyppo": ({"torch"}, {"order_statistics"}),
     "order_statistics": ({"torch"}, set()),
     "metrics": ({"torch"}, {"order_statistics"}),
-    "selection": ({"torch"}, set()),
+    "selection": ({"torch"}, {"asyppo", "metrics"}),
     "mini_batches": (set(), set()),
     "config": (set(), set()),
     "critic_settings": ({"omegaconf"}, {"config"}),

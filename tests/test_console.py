@@ -12,8 +12,10 @@ import yaml
 from test_recipe import environment
 
 from recipe.asyppo.console import (
+    FORKED,
     PRIVATE_TMPDIR,
     figures,
+    forking,
     is_question,
     last_step,
     merge_history,
@@ -199,3 +201,15 @@ def test_hydra_answers_on_the_terminal(root, toy, tmp_path, script, flags):
     assert answer.returncode == 0, answer.stderr
     assert "starting Ray" not in answer.stdout and not list(tmp_path.iterdir())
     assert yaml.safe_load(answer.stdout)["adv_estimator"] == ("grpo" if target else "asyppo")
+
+
+def test_only_a_command_that_is_run_from_here_gets_forked_workers(tmp_path, monkeypatch, root):
+    """Users of recipe/asyppo/cpu.sh start verl themselves: nothing there may need the fork server. Their override wins."""
+    command, folder = ["python", "-m", "verl.trainer.main_ppo", "a=1"], {"TMPDIR": str(tmp_path)}
+    monkeypatch.delenv(PRIVATE_TMPDIR, raising=False)
+    with forking(command, folder, None) as same:
+        assert same == command
+    monkeypatch.setenv(PRIVATE_TMPDIR, "1")
+    with open(tmp_path / "log", "w") as log, forking(command, {**os.environ, **folder}, log) as forked:
+        assert forked == [*command[:3], FORKED, "a=1"] and (tmp_path / "python").exists()
+    assert "py_executable" not in (root / "recipe/asyppo/cpu.sh").read_text()

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from verl.trainer.ppo.core_algos import compute_gae_advantage_return
 
 from asyppo_verl import asyppo
 from recipe.asyppo import one_page
@@ -56,12 +57,12 @@ def test_the_selection_of_many_runs_is_the_methods(largest):
         assert torch.equal(ours[r], theirs(score[r], is_response[r], fraction=fraction))
 
 
-@pytest.mark.parametrize("is_checked", [False, True])
+@pytest.mark.parametrize("remarks", ["none", "own"])
 @pytest.mark.parametrize("is_exact", [False, True])
-def test_the_oracles_values_are_the_mean_of_many_continuations(is_checked, is_exact):
+def test_the_oracles_values_are_the_mean_of_many_continuations(remarks, is_exact):
     """From every prefix of one response, 4,000 continuations, graded as the task does."""
     torch.manual_seed(0)
-    task = Task("", is_checked=is_checked, is_exact=is_exact, **TINY)
+    task = Task("", remarks=remarks, is_exact=is_exact, **TINY)
     prompts = task.draw_prompts(1, torch.Generator().manual_seed(1)).expand(4000, -1)
     right, wrong, _ = (x[prompts - tasks.FIRST_SYMBOL] for x in task.table())
     chance, is_right = torch.tensor([0.9, 0.5, 0.7]), torch.tensor([True, True, False])
@@ -73,6 +74,30 @@ def test_the_oracles_values_are_the_mean_of_many_continuations(is_checked, is_ex
         response = torch.where(drawn, right, wrong).repeat_interleave(task.stride, 1)
         _, rewards = task.grade(torch.cat([prompts, response], 1)[None])
         assert float(values[t]) == pytest.approx(float(rewards.mean()), abs=0.03)
+
+
+def test_observations_are_passed_over_as_in_verl():
+    """Advantages and returns of three runs, of responses with holes, against verl's own."""
+    torch.manual_seed(0)
+    is_response = (torch.rand(3, 8, 6) < 0.6) | (torch.arange(6) == 5)
+    rewards, values = torch.rand(3, 8, 6) * is_response, torch.rand(3, 8, 6)
+    advantages, returns = engine.gae(rewards, values, is_response, torch.tensor([0.0, 0.9, 1.0]))
+    for r, lam in enumerate([0.0, 0.9, 1.0]):
+        theirs = compute_gae_advantage_return(rewards[r], values[r], is_response[r].float(), gamma=1.0, lam=lam)
+        for mine, other in zip((advantages[r], returns[r]), theirs, strict=True):
+            torch.testing.assert_close(mine * is_response[r], other * is_response[r], **CLOSE)
+
+
+def test_the_environment_writes_true_remarks_that_are_no_response():
+    task = Task("", remarks="observed", **TINY)
+    actor = tasks.starting_model(task, task.actor_size)
+    with torch.no_grad():
+        tokens, _, is_response = tasks.sample(task, actor, task.draw_prompts(64, torch.Generator())[None])
+    is_right, _ = task.grade(tokens)
+    is_counted = is_response[..., ::2]
+    assert is_response[..., ::2].any() and not is_response[..., 1::2].any()
+    said = tokens[..., task.answers + 1 :: 2] == tasks.RIGHT
+    assert torch.equal(said[is_counted], is_right[is_counted]) and 0 < is_right.float().mean() < 1
 
 
 def test_the_chances_are_the_shares_of_right_answers():
@@ -89,7 +114,7 @@ def test_the_chances_are_the_shares_of_right_answers():
 
 
 def test_the_grade_and_the_demonstrations_agree():
-    task = Task("", is_checked=True, **TINY, chance=(1.0, 1.0))
+    task = Task("", remarks="own", **TINY, chance=(1.0, 1.0))
     prompts = task.draw_prompts(6, torch.Generator().manual_seed(0))
     responses = task.demonstrate(prompts)
     is_right, rewards = task.grade(torch.cat([prompts, responses], 1)[None])
@@ -106,7 +131,7 @@ def test_the_grade_and_the_demonstrations_agree():
 
 def test_runs_with_unlike_critics_train_side_by_side():
     """One learns while the other's critics are pre-trained: its actor rests."""
-    task = Task("", is_checked=True, **TINY)
+    task = Task("", remarks="observed", **TINY)
     start = partial(tasks.starting_model, task)
     small = {"prompts": 2, "mini_batches": 1, "actor_lr": 1e-2}
     both = [Run(num_critics=0, **small), Run(num_critics=2, critic_size=(16, 1), critic_warmup=9, seed=1, **small)]
@@ -129,16 +154,13 @@ def test_equal_data_for_each_critic():
 @pytest.fixture
 def study(monkeypatch, tmp_path):
     """The command on a tiny task and grid, and the folder of its runs."""
-    monkeypatch.setattr(tasks, "TASKS", {"plain": Task("plain", **TINY)})
+    monkeypatch.setattr(tasks, "TASKS", {"plain": Task("plain", actor_lrs=(1e-3, 2e-3), **TINY)})
     monkeypatch.setattr(rows, "TASKS", tasks.TASKS)
     monkeypatch.setattr(report, "TASKS", tasks.TASKS)
     for name, algorithm in rows.ALGORITHMS.items():
         small = replace(algorithm, prompts=2, responses=4, mini_batches=1, critic_size=(16, 1 + (name == "ppo")))
         monkeypatch.setitem(rows.ALGORITHMS, name, small)
-    monkeypatch.setattr(rows, "ACTOR_LRS", (1e-3, 2e-3))
-    monkeypatch.setattr(rows, "LEARNED_LRS", (1e-3, 2e-3))
     monkeypatch.setattr(rows, "CRITIC_LRS", (1e-3,))
-    monkeypatch.setattr(rows, "WARMUPS", (0,))
     document = tmp_path / "study.md"
     document.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\nafter\n")
 
@@ -154,17 +176,14 @@ def study(monkeypatch, tmp_path):
 def test_rows_resume_and_report(study, capsys):
     run, document = study
     assert run("fitness-plain", "--seconds=0") == []
-    fitness = run("fitness-plain", "--stack=4")
-    assert len(fitness) == 2 * 3 * 3 and all(len(line["curve"]) == 2 for line in fitness)
+    fitness = run("fitness-plain", "--stack=4")  # three algorithms: two learning rates on one seed, the best on two
+    assert len(fitness) == 3 * (2 * 1 + 2) and all(len(line["curve"]) == 2 for line in fitness)
     assert run("fitness-plain") == fitness
-    with pytest.raises(SystemExit, match="needs tuning-plain first"):
-        run("main-plain")
-    tuned = run("tuning-plain")
-    assert tuned[: len(fitness)] == fitness
     main = run("main-plain", "masks-plain")
-    assert len({line["key"] for line in main}) == len(main) == len(tuned) + 3 * 2 + 3 * 2
+    assert main[: len(fitness)] == fitness
+    assert len({line["key"] for line in main}) == len(main) == len(fitness) + 3 * (1 + 2) + 4 * 2
     run("--list")
-    assert "masks-plain            8 of 8 runs" in capsys.readouterr().out
+    assert "masks-plain        12 of 12 runs" in capsys.readouterr().out
     run("report")
     text = document.read_text()
     assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text
@@ -180,8 +199,8 @@ def test_intervals_and_the_choice_of_settings(tmp_path):
     mean, half = report.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
     store, seeds = Store(tmp_path, steps=1), Seeds(main=(0,), tuning=(100,))
-    for index, run in enumerate(rows.grid("grpo")):
+    for index, run in enumerate(rows.grid("plain", "grpo")):
         store.add("plain", replace(run, seed=100), [index == 2])
         store.add("plain", replace(run, seed=0), [index == 4])
-    assert rows.best(Store(tmp_path, steps=1), "plain", "grpo", seeds).actor_lr == rows.ACTOR_LRS[2]
+    assert rows.best(Store(tmp_path, steps=1), "plain", "grpo", seeds).actor_lr == tasks.TASKS["plain"].actor_lrs[2]
     assert rows.best(store, "plain", "ppo", seeds) is None

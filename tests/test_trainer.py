@@ -347,6 +347,20 @@ def test_a_third_signal_is_one_function_and_one_line(compose, clean, own_rules):
     assert metrics["asyppo/entropy_filtered_fraction"] == 0
 
 
+@pytest.mark.parametrize(("slope", "selects"), [(0.1, False), (0.12, True)])
+def test_tokens_are_selected_once_the_critics_explain_enough(compose, clean, slope, selects):
+    """``V = slope * R`` explains ``1 - (1 - slope)^2`` of the variance: 0.19 and 0.23, where 0.2 is needed."""
+    batch, spread = put_rows(RAGGED), torch.Generator().manual_seed(0)
+    values = {}
+    for key, rewards in stored(batch, "rm_scores").items():
+        apart = torch.rand(len(rewards), generator=spread)
+        values[key] = [slope * rewards.sum() - apart, slope * rewards.sum() + apart]
+    trainer = trainer_for(compose, "+asyppo.selection=asyppo_verl.selection.once_explained")
+    _, metrics = step(trainer, batch, values)
+    assert metrics["asyppo/explained_var"] == pytest.approx(1 - (1 - slope) ** 2, abs=1e-3)
+    assert (metrics["asyppo/adv_masked_fraction"] > 0) == (metrics["asyppo/entropy_filtered_fraction"] > 0) == selects
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -33,7 +33,10 @@ QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--reso
 """hydra's flags that print something instead of running."""
 
 PRIVATE_TMPDIR = "ASYPPO_PRIVATE_TMPDIR"
-"""If set, the command gets a temporary folder of its own, which is removed after it."""
+"""If set, the command gets a temporary folder of its own, which is removed after it, and with it a fork server."""
+
+# Ray's shell reads it: python of the fork server, in that folder. verl 0.9.0 has no such key.
+FORKED = "++ray_kwargs.ray_init.runtime_env.py_executable='$TMPDIR/python'"
 
 
 def setting(command: Sequence[str], key: str) -> str | None:
@@ -115,11 +118,15 @@ def private_tmpdir() -> Iterator[dict[str, str]]:
         yield {**os.environ, "TMPDIR": folder}
 
 
-def forking(environment: Mapping[str, str], log: IO[str]) -> contextlib.AbstractContextManager[None]:
-    """Run a fork server for a command that has a temporary folder of its own, where Ray is told to look for it."""
+@contextlib.contextmanager
+def forking(command: Sequence[str], environment: Mapping[str, str], log: IO[str]) -> Iterator[list[str]]:
+    """The command, with a fork server for its Ray workers if it has a temporary folder of its own."""
     if not os.environ.get(PRIVATE_TMPDIR):
-        return contextlib.nullcontext()
-    return fork_server.running(environment["TMPDIR"], environment, log)
+        yield [*command]
+        return
+    overrides = command.index("-m") + 2 if "-m" in command else len(command)
+    with fork_server.running(environment["TMPDIR"], environment, log):
+        yield [*command[:overrides], FORKED, *command[overrides:]]
 
 
 @contextlib.contextmanager
@@ -150,9 +157,9 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
     with (
         private_tmpdir() as environment,
         open(run_dir / "log", "a") as log,
-        forking(environment, log),
+        forking(command, environment, log) as forked,
         subprocess.Popen(
-            command,
+            forked,
             env={**environment, "VERL_FILE_LOGGER_PATH": str(run_dir / "metrics.jsonl"), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

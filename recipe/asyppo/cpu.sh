@@ -42,13 +42,12 @@ CPU=(
 if [ -z "${RAY_ADDRESS:-}" ]; then
     # Ray would keep records of 100,000 past calls for its dashboard, which is not started: a MiB a step.
     export RAY_task_events_report_interval_ms=0
-    # vLLM and verl leave lock files behind in the temporary folder: recipe.asyppo.console gives the run one of its own.
+    # vLLM and verl leave lock files behind in the temporary folder: recipe.asyppo.console gives the run one of its own,
+    # and forks Ray's workers from a process that has imported torch and vLLM.
     export ASYPPO_PRIVATE_TMPDIR=1
     # Ray counts ranks in logical GPUs, of which it may believe in any number, and needs about a dozen logical CPUs for verl's helper actors.
     CPU+=(
         +ray_kwargs.ray_init.address=local
-        # Ray's shell reads it: python of the fork server, which recipe.asyppo.console keeps in that folder.
-        "++ray_kwargs.ray_init.runtime_env.py_executable='\$TMPDIR/python'"
         +ray_kwargs.ray_init.include_dashboard=False
         +ray_kwargs.ray_init.num_gpus=64
         ray_kwargs.ray_init.num_cpus=32

@@ -9,7 +9,7 @@ B responses; P, T, L positions of prompt, response, both; D width; V tokens.
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -127,7 +127,7 @@ def starting_actor(*, steps: int = 200) -> Models:
     return actor
 
 
-def sample(actors: Models, prompts_RBP: Tensor, length: int = T) -> tuple[Tensor, Tensor, Tensor]:
+def sample(actors: Callable[..., Tensor], prompts_RBP: Tensor, length: int = T) -> tuple[Tensor, Tensor, Tensor]:
     """A response to every prompt: tokens (R, B, L), log-probabilities (R, B, T), and which of them count (R, B, T)."""
     tokens, log_probs = [prompts_RBP], []
     cache: list[Tensor] = []

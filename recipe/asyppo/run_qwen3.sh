@@ -72,7 +72,6 @@ elif [ -n "${FAST_START:-}" ]; then
         exit 2
     fi
     export ASYPPO_PRIVATE_TMPDIR=1
-    CPU=("++ray_kwargs.ray_init.runtime_env.py_executable='\$TMPDIR/python'") # as in recipe/asyppo/cpu.sh
 fi
 
 CRITIC_TOKENS=${CRITIC_TOKENS:-36864}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from asyppo_verl import asyppo
@@ -26,8 +25,11 @@ class Run(Settings):
     seed: int = 0
     free_steps: int = 0  # steps of value pre-training before the run, not counted
     is_oracle: bool = False  # exact values instead of critics' (num_critics=0)
-    mask_by: str = "sigma"  # sigma, highest, random or surprisal (of the drawn token)
-    prompts: int = 32
+    mask_by: str = (
+        "sigma"  # sigma, relative (to its mean at that position), highest, random, surprisal (of the drawn token)
+    )
+    mask_from: float | None = None  # explained variance of a step's values from which on its tokens are selected
+    prompts: int = 16
     responses: int = 8
     mini_batches: int = 4
     epochs: int = 2
@@ -35,16 +37,23 @@ class Run(Settings):
     entropy_coeff: float = 0.001
     critic_lr: float = 1e-3
     lam: float = 0.95
+    critic_size: tuple[int, int] = (16, 1)
 
 
 def gae(rewards_RBT: Tensor, values_RBT: Tensor, is_response_RBT: Tensor, lam_R: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`one_page.gae` of all runs: advantages, whitened within each run, and returns; both (R, B, T)."""
-    values_RBT = values_RBT * is_response_RBT
-    delta_RBT = rewards_RBT + F.pad(values_RBT, (0, 1))[..., 1:] - values_RBT
-    advantages = [torch.zeros_like(delta_RBT[..., 0])]
-    for delta_RB in reversed(delta_RBT.unbind(-1)):
-        advantages.append(delta_RB + lam_R[:, None] * advantages[-1])
-    advantages_RBT = torch.stack(advantages[:0:-1], -1)
+    """:func:`one_page.gae` of all runs: advantages, whitened within each run, and returns; both (R, B, T).
+
+    As in verl, tokens that are no response (observations) are passed over.
+    """
+    advantage_RB = next_value_RB = torch.zeros_like(values_RBT[..., 0])
+    advantages = []
+    for t in reversed(range(values_RBT.shape[-1])):
+        is_response_RB, value_RB = is_response_RBT[..., t], values_RBT[..., t]
+        delta_RB = rewards_RBT[..., t] + next_value_RB - value_RB
+        advantage_RB = torch.where(is_response_RB, delta_RB + lam_R[:, None] * advantage_RB, advantage_RB)
+        next_value_RB = torch.where(is_response_RB, value_RB, next_value_RB)
+        advantages.append(advantage_RB)
+    advantages_RBT = torch.stack(advantages[::-1], -1)
     count_R11 = is_response_RBT.sum((1, 2), keepdim=True)
     mean_R11 = (advantages_RBT * is_response_RBT).sum((1, 2), keepdim=True) / count_R11
     squares_RBT = ((advantages_RBT - mean_R11) * is_response_RBT) ** 2
@@ -74,6 +83,7 @@ def keep(score_RBT: Tensor, is_response_RBT: Tensor, fractions: Sequence[float],
 def mask_score(runs: Sequence[Run], sigma_RBT: Tensor, surprisal_RBT: Tensor) -> Tensor:
     """What the advantage mask ranks, for every run: sigma, or what takes its place."""
     scores = {"sigma": sigma_RBT, "highest": -sigma_RBT, "surprisal": surprisal_RBT}
+    scores["relative"] = sigma_RBT / sigma_RBT.mean(1, keepdim=True)
     scores["random"] = torch.rand_like(sigma_RBT)
     return torch.stack([scores[run.mask_by][row] for row, run in enumerate(runs)])
 
@@ -85,14 +95,18 @@ def credit(
     if len(values_MRBT) == 0:
         return group_advantage(runs[0], rewards_RBT, is_response_RBT), rewards_RBT, is_response_RBT, {}
     lam_R, critic_lam_R = (torch.tensor([getattr(run, name) for run in runs]) for name in ("lam", "critic_lam"))
-    shares = [(run.adv_mask_fraction, run.entropy_filter_fraction) for run in runs]
-    k, h = zip(*shares, strict=True)
     value_RBT, sigma_RBT = asyppo.ensemble_value(values_MRBT)
     advantages_RBT, _ = gae(rewards_RBT, value_RBT, is_response_RBT, lam_R)
     _, returns_RBT = gae(rewards_RBT, value_RBT, is_response_RBT, critic_lam_R)
     metrics = {"explained_var": explained_variance(value_RBT, rewards_RBT, is_response_RBT).tolist()}
     if len(values_MRBT) == 1:
         return advantages_RBT, returns_RBT, is_response_RBT, metrics
+    selects = [
+        run.mask_from is None or explained >= run.mask_from
+        for run, explained in zip(runs, metrics["explained_var"], strict=True)
+    ]
+    k = [run.adv_mask_fraction * here for run, here in zip(runs, selects, strict=True)]
+    h = [run.entropy_filter_fraction * here for run, here in zip(runs, selects, strict=True)]
     keep_adv_RBT = keep(mask_score(runs, sigma_RBT, surprisal_RBT), is_response_RBT, k, largest=False)
     keep_ent_RBT = keep(sigma_RBT, is_response_RBT, h, largest=True)
     size_RBT = advantages_RBT.abs() * is_response_RBT
@@ -202,9 +216,10 @@ class Trainer:
     def rollout(self) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
         """The step's responses and what is to be learned from them, and the metrics of every run."""
         task = self.task
-        tokens_RBL, old_RBT, is_response_RBT = one_page.sample(self.actors, self.draw(), task.response_length)
+        tokens_RBL, old_RBT, is_response_RBT = tasks.sample(task, self.actors, self.draw())
         is_right_RBN, score_RB = task.grade(tokens_RBL)
-        rewards_RBT = score_RB[..., None] * F.one_hot(is_response_RBT.sum(-1) - 1, task.response_length)
+        is_last_RBT = is_response_RBT & (is_response_RBT.flip(-1).cumsum(-1).flip(-1) == 1)
+        rewards_RBT = score_RB[..., None] * is_last_RBT
         chance_RBN = is_right_RBN
         if any(run.is_oracle for run in self.runs):
             chance_RBN = tasks.chances(task, self.actors, tokens_RBL, self.first.responses)

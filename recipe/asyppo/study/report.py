@@ -40,12 +40,8 @@ def progress(store: Store, seeds: Seeds) -> list[str]:
     """A line for every row: how many of its runs are done."""
     lines = []
     for row in rows.rows():
-        try:
-            task, runs = rows.runs_of(row, store, seeds)
-        except ValueError as error:
-            lines.append(f"{row:22} {str(error).partition(' needs ')[2] and 'after tuning-' + row.partition('-')[2]}")
-        else:
-            lines.append(f"{row:22} {sum(store.line(task, run) is not None for run in runs)} of {len(runs)} runs")
+        task, runs = rows.runs_of(row, store, seeds)
+        lines.append(f"{row:18} {sum(store.line(task, run) is not None for run in runs)} of {len(runs)} runs")
     return lines
 
 
@@ -55,18 +51,20 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
-    """Scores of what needs no learned critics, at every actor learning rate."""
-    body = [
-        [f"{lr:g}", *(shown(store.scores(task, replace(ALGORITHMS[a], actor_lr=lr), seeds.main)) for a in FITNESS)]
-        for lr in rows.ACTOR_LRS
-    ]
+    """Mean scores of what needs no learned critics on the tuning seeds, at every actor learning rate."""
+
+    def cell(algorithm: str, lr: float) -> str:
+        scores = store.scores(task, replace(ALGORITHMS[algorithm], actor_lr=lr), seeds.tuning)
+        return f"{fmean(scores):.3f}" if scores else "not run"
+
+    body = [[f"{lr:g}", *(cell(algorithm, lr) for algorithm in FITNESS)] for lr in TASKS[task].actor_lrs]
     return table(["actor lr", *FITNESS], body)
 
 
 def setting(run: Run | None, algorithm: str) -> str:
     if run is None:
         return "not tuned"
-    critics = f", critic lr {run.critic_lr:g}, pre-training {run.critic_warmup} steps" if run.num_critics else ""
+    critics = f", critic lr {run.critic_lr:g}" if run.num_critics else ""
     return f"actor lr {run.actor_lr:g}{critics}"
 
 

@@ -13,10 +13,7 @@ from statistics import fmean
 from recipe.asyppo.study.engine import Run
 from recipe.asyppo.study.tasks import TASKS, Task
 
-ACTOR_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
-LEARNED_LRS = (5e-4, 1e-3)  # with critics; the others were too slow or broke, with the oracle as with GRPO
-CRITIC_LRS = (1e-3, 3e-3)
-WARMUPS = (0, 5)  # steps of value pre-training, out of the same budget
+CRITIC_LRS = (3e-3, 1e-2)
 ALGORITHMS = {
     "grpo": Run(num_critics=0),
     "oracle": Run(num_critics=0, is_oracle=True),
@@ -26,7 +23,6 @@ ALGORITHMS = {
     "asyppo": Run(num_critics=2),
 }
 WITHOUT_CRITICS = ("grpo", "oracle", "oracle lam=0")
-LEARNED = ("ppo", "ppo_small_critic", "asyppo")
 
 
 def key(task: str, run: Run) -> str:
@@ -70,24 +66,21 @@ class Store:
 class Seeds:
     """Seeds that choose the learning rates, and others that are reported."""
 
-    main: tuple[int, ...] = tuple(range(6))
+    main: tuple[int, ...] = tuple(range(5))
     tuning: tuple[int, ...] = (100, 101)
 
 
-def grid(algorithm: str) -> list[Run]:
-    """The settings among which an algorithm's is chosen."""
-    base = ALGORITHMS[algorithm]
+def grid(task: str, algorithm: str) -> list[Run]:
+    """The settings among which an algorithm's is chosen; the highest rate only shows where those without critics break."""
+    base, rates = ALGORITHMS[algorithm], TASKS[task].actor_lrs
     if algorithm in WITHOUT_CRITICS:
-        return [replace(base, actor_lr=lr) for lr in ACTOR_LRS]
-    return [
-        replace(base, actor_lr=lr, critic_lr=critic_lr, critic_warmup=warmup)
-        for lr, critic_lr, warmup in product(LEARNED_LRS, CRITIC_LRS, WARMUPS)
-    ]
+        return [replace(base, actor_lr=lr) for lr in rates]
+    return [replace(base, actor_lr=lr, critic_lr=critic_lr) for lr, critic_lr in product(rates[:-1], CRITIC_LRS)]
 
 
 def best(store: Store, task: str, algorithm: str, seeds: Seeds) -> Run | None:
     """The setting with the highest mean score on the tuning seeds; None before they are there."""
-    settings = grid(algorithm)
+    settings = grid(task, algorithm)
     scores = {run: fmean(found) for run in settings if (found := store.scores(task, run, seeds.tuning))}
     return max(scores, key=scores.__getitem__) if len(scores) == len(settings) else None
 
@@ -101,34 +94,37 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
         f"k={k} h={h}": replace(run, adv_mask_fraction=k, entropy_filter_fraction=h) for k, h in product(shares, shares)
     }
     return {
-        "pretraining": {
-            f"{algorithm}, {steps} steps before": replace(base, critic_warmup=0, free_steps=steps)
-            for steps in (0, 100, 25, 400)
-            for algorithm, base in (("asyppo", run), ("masks off", bare))
-        },
         "masks": {
             "both": run,
             "masks off": bare,
             "mask alone": masked,
             "filter alone": replace(run, adv_mask_fraction=0.0),
+            "both from 0.2 explained": replace(run, mask_from=0.2),
+        },
+        "lambdas": {
+            f"lam={lam} critic_lam={critic_lam}": replace(run, lam=lam, critic_lam=critic_lam)
+            for lam, critic_lam in ((0.95, 1.0), (0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (1.0, 1.0), (0.95, 0.95))
+        },
+        "lam0": {
+            "both": (at_once := replace(run, lam=0.0)),
+            "both from 0.2 explained": replace(at_once, mask_from=0.2),
+            "masks off": (unmasked := replace(bare, lam=0.0)),
+            "one small critic": replace(unmasked, num_critics=1),
         },
         "shares": {"k=0.2 h=0.2": run} | kh,
         "shard": {shard: replace(run, shard=shard) for shard in ("group", "prompt", "none", "half")},
         "number": {
             f"M={m} of {size[0]} x {size[1]}": replace(run, num_critics=m, critic_size=size)
-            for m, size in ((2, (32, 2)), (1, (32, 2)), (4, (32, 2)), (1, (48, 2)), (4, (16, 2)))
+            for m, size in ((2, (16, 1)), (1, (16, 1)), (4, (16, 1)), (1, (16, 2)), (2, (16, 2)))
         },
-        "mask_by": {by: replace(masked, mask_by=by) for by in ("sigma", "highest", "random", "surprisal")}
+        "mask_by": {by: replace(masked, mask_by=by) for by in ("sigma", "relative", "highest", "random", "surprisal")}
         | {"no mask": bare},
-        "lambdas": {
-            f"lam={lam} critic_lam={critic_lam}": replace(run, lam=lam, critic_lam=critic_lam)
-            for lam, critic_lam in ((0.95, 1.0), (0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (1.0, 1.0), (0.95, 0.95))
-        },
         "warmup": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 2, 5, 10)},
         "critic_size": {
             f"{width} x {layers}": replace(run, critic_size=(width, layers))
-            for width, layers in ((32, 2), (16, 1), (16, 2), (48, 2), (64, 3))
+            for width, layers in ((16, 1), (16, 2), (32, 1), (32, 2))
         },
+        "pretraining": {f"{steps} steps before": replace(run, free_steps=steps) for steps in (0, 25, 100, 400, 1000)},
     }
 
 
@@ -136,37 +132,30 @@ ABLATIONS = tuple(ablations(ALGORITHMS["asyppo"]))
 
 
 def runs_of(row: str, store: Store, seeds: Seeds) -> tuple[str, list[Run]]:
-    """The task and the runs of a row, such as ``fitness-plain``.
+    """The task and the runs of a row, such as ``fitness-plain``: those that choose learning rates, and once they are
+    there, those that are reported.
 
     Raises:
-        ValueError: for a row that is unknown, or rests on one that has not run.
+        ValueError: for a row that is unknown.
     """
     name, _, task = row.partition("-")
     if task not in TASKS or name not in NAMES:
         raise ValueError(f"row {row!r} is none of: {', '.join(rows())}")
-    if name == "fitness":
-        settings = [run for algorithm in WITHOUT_CRITICS for run in grid(algorithm)]
-        return task, with_seeds(settings, seeds.tuning + seeds.main)
-    if name == "tuning":
-        return task, with_seeds([run for algorithm in LEARNED for run in grid(algorithm)], seeds.tuning)
-    algorithms = LEARNED if name == "main" else ("asyppo",)
-    found = [best(store, task, algorithm, seeds) for algorithm in algorithms]
-    tuned = [run for run in found if run is not None]
-    if len(tuned) < len(found):
-        raise ValueError(f"row {row!r} needs tuning-{task} first")
-    if name == "main":
-        return task, with_seeds(tuned, seeds.main)
-    variants = ablations(tuned[0])
-    chosen = variants.values() if name == "ablations" else [variants[name]]
-    settings = [run for row_variants in chosen for run in row_variants.values()]
-    return task, with_seeds(settings, seeds.main)
+    algorithms = {"fitness": WITHOUT_CRITICS, "main": tuple(ALGORITHMS)}.get(name, ("asyppo",))
+    grids = with_seeds([run for algorithm in algorithms for run in grid(task, algorithm)], seeds.tuning)
+    tuned = [run for algorithm in algorithms if (run := best(store, task, algorithm, seeds))]
+    if len(tuned) < len(algorithms):
+        return task, grids
+    if name in ABLATIONS:
+        tuned = list(ablations(tuned[0])[name].values())
+    return task, grids + with_seeds(tuned, seeds.main)
 
 
 def with_seeds(settings: Iterable[Run], seeds: Iterable[int]) -> list[Run]:
     return [replace(run, seed=seed) for run, seed in product(dict.fromkeys(settings), seeds)]
 
 
-NAMES = ("fitness", "tuning", "main", *ABLATIONS, "ablations")  # the last: all ablations in one stack
+NAMES = ("fitness", "main", *ABLATIONS)
 
 
 def rows() -> list[str]:

@@ -4,9 +4,11 @@ A prompt is n symbols, each drawn from a thousand or two; the response answers t
 Every symbol has one right digit. The actor starts from demonstrations that give it with a probability of the symbol's own, and
 one certain wrong digit otherwise: a thousand habits to correct, one by one, from a grade that comes after the last token.
 
-* ``checked``: each answer is followed by a remark, right or wrong, as a model that doubts its own step writes it. The
-  demonstrations' remarks are true, so a critic sees every error in the text without knowing a single answer.
-* ``plain``: no remarks. A critic that knows no answers sees how hard the prompt's symbols are, and nothing of the errors.
+Remarks, right or wrong, tell a critic of every error without its knowing a single answer:
+
+* ``observed``: the environment writes a true one after every answer, as a tool or a test would; it is not trained.
+* ``own``: the model writes it, as one that doubts its own step. The demonstrations' remarks are true; training may change that.
+* ``none``: a critic that knows no answers sees how hard the prompt's symbols are, and nothing of the errors.
 
 Shape suffixes as in :mod:`recipe.asyppo.one_page`; N answers in a response, K symbols.
 """
@@ -29,15 +31,16 @@ class Task:
     """A family of prompts, how a response is graded, and what the start knows."""
 
     name: str
-    symbols: int = 256  # K
+    symbols: int = 2048  # K
     answers: int = 16  # N: symbols in a prompt
-    is_checked: bool = False  # remarks after every answer
+    remarks: str = "none"  # after every answer: none, own or observed
     is_exact: bool = False  # reward: all answers right, or else their share
     chance: tuple[float, float] = (0.15, 0.6)  # probability of the right digit: hard symbols, easy symbols
     hard: float = 0.5  # share of hard symbols
-    actor_size: tuple[int, int] = one_page.ACTOR_SIZE
-    supervised_steps: int = 800
-    demonstrations: int = 1024  # in each of these steps
+    actor_size: tuple[int, int] = (32, 2)
+    actor_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    supervised_steps: int = 400
+    demonstrations: int = 512  # in each of these steps
 
     @property
     def vocabulary(self) -> int:
@@ -46,11 +49,15 @@ class Task:
     @property
     def stride(self) -> int:
         """Tokens per answer."""
-        return 2 if self.is_checked else 1
+        return 1 if self.remarks == "none" else 2
 
     @property
     def response_length(self) -> int:
         return self.answers * self.stride
+
+    def is_trained(self) -> Tensor:
+        """Which response tokens (T,) the model writes itself."""
+        return (torch.arange(self.response_length) % self.stride == 0) | (self.remarks == "own")
 
     def weights(self, size: tuple[int, int], outputs: int, seed: int) -> dict[str, Tensor]:
         """New weights of a model that reads a prompt and its response."""
@@ -87,7 +94,7 @@ class Task:
     def admitted(self, tokens_RBL: Tensor, is_right_RBN: Tensor) -> Tensor:
         """Share of the wrong answers whose remark says so (R,): what the text shows of the errors. 0 without remarks."""
         remarks_RBN = tokens_RBL[..., self.answers + 1 :: self.stride]
-        if not self.is_checked:
+        if self.remarks == "none":
             return torch.zeros(len(tokens_RBL))
         is_admitted_RBN = ~is_right_RBN & (remarks_RBN == WRONG)
         return is_admitted_RBN.sum((1, 2)) / (~is_right_RBN).sum((1, 2)).clamp_min(1)
@@ -121,10 +128,35 @@ def oracle_values(task: Task, is_right_RBN: Tensor, chance_RBN: Tensor) -> Tenso
         so_far_RBN = F.pad(is_right_RBN.float().cumsum(-1), (1, 0))
         to_come_RBN = F.pad(chance_RBN.flip(-1).cumsum(-1).flip(-1), (0, 1))
         value_RBN = (so_far_RBN + to_come_RBN) / task.answers
-    if not task.is_checked:
+    if task.remarks == "none":
         return value_RBN[..., :-1]
     # Before answer i: i answers are known; before its remark: i + 1.
     return torch.stack([value_RBN[..., :-1], value_RBN[..., 1:]], -1).flatten(-2)
+
+
+class Environment:
+    """The actors of a task, to sample from: where the environment writes, whatever they say, it is the true remark."""
+
+    def __init__(self, task: Task, actors: Models, prompts_RBP: Tensor) -> None:
+        self.actors, self.position, self.is_trained_T = actors, 0, task.is_trained()
+        self.right_RBT = task.right_tokens(prompts_RBP).repeat_interleave(task.stride, -1)
+
+    def __call__(self, tokens_RBL: Tensor, cache: list[Tensor]) -> Tensor:
+        """Logits (R, B, L, V) after the tokens that continue those of the cache."""
+        logits_RBLV, t = self.actors(tokens_RBL, cache), self.position
+        self.position += 1
+        if self.is_trained_T[t]:
+            return logits_RBLV
+        remark_RB1 = torch.where(tokens_RBL[..., -1:] == self.right_RBT[..., t, None], RIGHT, WRONG)
+        return torch.full_like(logits_RBLV, float("-inf")).scatter_(-1, remark_RB1[..., None], 0.0)
+
+
+def sample(task: Task, actors: Models, prompts_RBP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`one_page.sample`, in the task's environment; what that wrote does not count as response."""
+    tokens_RBL, log_prob_RBT, is_response_RBT = one_page.sample(
+        Environment(task, actors, prompts_RBP), prompts_RBP, task.response_length
+    )
+    return tokens_RBL, log_prob_RBT, is_response_RBT & task.is_trained()
 
 
 def chances(task: Task, actors: Models, tokens_RBL: Tensor, responses: int) -> Tensor:
@@ -152,9 +184,18 @@ def starting_model(task: Task, size: tuple[int, int], *, seed: int = 0) -> Model
 TASKS = {
     task.name: task
     for task in (
-        Task("checked", is_checked=True, symbols=2048, answers=16),
-        Task("long", is_checked=True, symbols=2048, answers=24),
-        Task("stall", is_checked=True, symbols=1024, answers=12, is_exact=True, chance=(0.3, 0.95), hard=0.2),
-        Task("plain", symbols=2048, answers=16),
+        Task("tool", remarks="observed"),
+        Task("plain"),
+        Task("own", remarks="own"),
+        Task(
+            "exact",
+            remarks="observed",
+            answers=8,
+            is_exact=True,
+            chance=(0.3, 0.95),
+            hard=0.2,
+            actor_lrs=(2.5e-4, 5e-4, 1e-3, 2e-3),
+        ),
+        Task("long", remarks="observed", answers=32),
     )
 }
