@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ os.environ.setdefault("PYTHONHASHSEED", "0")
 # Side by side, processes of pytest-xdist have a core each; threads that wait for a core that is taken are slow.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A command in the background of a script ignores Ctrl-C, and so would what it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import omegaconf.base
 import pytest

@@ -135,6 +135,7 @@ def test_an_update_trains_every_critic(critic_cost):
     assert seen == [(0, True), (1, True)]
 
 
+@pytest.mark.e2e
 def test_critic_cost_runs_on_a_cpu(root):
     """An option that cannot be had is a row with its error."""
     command = [*CPU[:2], "--cases", "2xtiny", "2xtiny+cudnn", "--lengths", "32", "--rows", "4"]
@@ -186,6 +187,7 @@ def test_critic_cost_refuses_rows_that_fit_nowhere(critic_cost, monkeypatch, cap
 # -- driver_overhead -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_driver_overhead_runs_the_trainers_hooks(root):
     result = last_line(root, "benchmarks/driver_overhead.py", "--exponents", "20", "--repeats", "2")
     low, high = result["spread_seconds"]

@@ -183,7 +183,7 @@ def test_rows_resume_and_report(study, capsys):
     assert main[: len(fitness)] == fitness
     assert len({line["key"] for line in main}) == len(main) == len(fitness) + 3 * (1 + 2) + 4 * 2
     run("--list")
-    assert "masks-plain        12 of 12 runs" in capsys.readouterr().out
+    assert "masks-plain        11 of 11 runs" in capsys.readouterr().out
     run("report")
     text = document.read_text()
     assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text
