@@ -181,6 +181,7 @@ def test_hydras_flags_are_known(flag):
     assert not is_question(["python", "-c", "pass", f"x={flag}"]) and not is_question(["python", "-m", "main", "-x=1"])
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("script", "flags"),

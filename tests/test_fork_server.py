@@ -11,6 +11,8 @@ import pytest
 
 from recipe.asyppo import fork_server
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> str:

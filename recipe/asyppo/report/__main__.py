@@ -50,7 +50,7 @@ def write(folders: Sequence[Path], out: Path, *, live: bool = False) -> None:
     unfinished.replace(out / "index.html")
 
 
-def watch(folders: Sequence[Path], out: Path, *, seconds: float = 5) -> None:
+def watch(folders: Sequence[Path], out: Path, *, seconds: float = 1) -> None:
     """Write a page that loads itself anew whenever a run has gone on, until interrupted; runs without a step are waited for."""
     files = [folder / "metrics.jsonl" if folder.is_dir() else folder for folder in folders]
     seen = None
