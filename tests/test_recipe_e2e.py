@@ -149,7 +149,7 @@ def test_ray_job_submit(root, toy, tmp_path):
     here, port, dashboard = "127.0.0.1", free_port(), free_port()
     start = ["start", "--head", "--block", "--disable-usage-stats", f"--node-ip-address={here}", f"--port={port}"]
     start += [f"--dashboard-host={here}", f"--dashboard-port={dashboard}", f"--temp-dir={ray_dir}"]
-    submit = ["job", "submit", f"--address=http://{here}:{dashboard}", "--", "env", *of_job]
+    submit = [*ray, "job", "submit", f"--address=http://{here}:{dashboard}", "--"]
     with subprocess.Popen(
         [*ray, *start, "--num-gpus=1", "--num-cpus=32"],
         env=node,
@@ -158,10 +158,13 @@ def test_ray_job_submit(root, toy, tmp_path):
         start_new_session=True,
     ) as head:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while not answers(here, dashboard) and time.monotonic() < deadline:
                 time.sleep(0.5)
-            run = run_script([*ray, *submit, "bash", str(root / "scripts/run_asyppo_qwen3_4b.sh")], node)
+            # The dashboard answers before the agent that starts jobs is there.
+            while subprocess.run([*submit, "true"], env=node, capture_output=True).returncode:
+                assert time.monotonic() < deadline, "the cluster takes no jobs"
+            run = run_script([*submit, "env", *of_job, "bash", str(root / "scripts/run_asyppo_qwen3_4b.sh")], node)
         finally:
             head.terminate()
             head.wait(60)
