@@ -121,6 +121,7 @@ RAY_STARTS = ("ray init kwargs", "Started a local Ray instance")
 CPU_SECONDS = 15
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("module", ["verl.trainer.main_ppo", "recipe.asyppo.main_asyppo"])
 def test_a_refused_command_leaves_nothing_behind(base_overrides, data, tmp_path, module):

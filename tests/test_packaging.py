@@ -76,6 +76,7 @@ def test_the_recipe_and_the_image_pin_the_newest_supported_verl(root):
     assert f"ARG VERL={newest}\n" in (root / "Dockerfile").read_text()
 
 
+@pytest.mark.e2e
 def test_the_image_copies_what_exists_and_its_check_runs(root):
     """As far as can be seen without a container engine: sources, ignored folders, and the check that ends the build."""
     ignored = (root / ".dockerignore").read_text().split()

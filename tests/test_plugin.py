@@ -74,6 +74,7 @@ def test_asyppo_reaching_verls_own_trainer_stops_with_an_explanation():
         get_adv_estimator_fn("asyppo")(token_level_rewards=None, response_mask=None, config=None)
 
 
+@pytest.mark.e2e
 def test_an_unknown_verl_is_left_alone_but_does_not_train_asyppo():
     run = python(
         """
@@ -102,12 +103,14 @@ def broken_wrapt(tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.e2e
 def test_a_plugin_that_cannot_load_stops_an_asyppo_run(broken_wrapt):
     run = python(["-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=asyppo"], PYTHONPATH=broken_wrapt)
     assert run.returncode and "plugin could not be loaded (ImportError: wrapt is broken here)" in run.stderr
     assert "Started a local Ray instance" not in run.stdout + run.stderr
 
 
+@pytest.mark.e2e
 def test_a_plugin_that_cannot_load_is_said_but_leaves_other_runs_alone(broken_wrapt):
     run = python(["-c", "import verl; print('alive')", "algorithm.adv_estimator=gae"], PYTHONPATH=broken_wrapt)
     assert run.returncode == 0 and "alive" in run.stdout and "plugin could not be loaded" in run.stderr
