@@ -24,8 +24,8 @@ def python(tmp_path_factory) -> str:
         yield str(folder / "python")
 
 
-@pytest.mark.parametrize(("flags", "kind"), [([], "code"), (["-B"], "script")], ids=["code", "script"])
-def test_code_and_script_run_as_under_python(python, tmp_path, flags, kind):
+@pytest.mark.parametrize("flags", [[], ["-B"]])
+def test_code_and_script_run_as_under_python(python, tmp_path, flags):
     """Arguments, path, folder, environment, files, number of threads and exit code are those of the caller."""
     code = (
         "import os, sys; print(sys.argv, sys.path[0], os.getcwd(), os.environ['X'], input(), __name__); "
@@ -33,22 +33,22 @@ def test_code_and_script_run_as_under_python(python, tmp_path, flags, kind):
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    arguments = ["-c", code, "a", "--b"] if kind == "code" else [str(script), "a"]
-    seen = []
-    for program in (sys.executable, python):
-        nine = tmp_path / "nine"
-        line = f'exec 9>{nine}; exec {program} "$@"'
-        run = subprocess.run(
-            ["bash", "-c", line, "bash", *flags, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "X": "é", "OMP_NUM_THREADS": "1"},
-            input="in\n",
-            capture_output=True,
-            text=True,
-        )
-        seen.append((run.returncode, run.stdout, run.stderr, nine.read_text()))
-    assert seen[0] == seen[1]
-    assert seen[1][0] == 7
+    for arguments in (["-c", code, "a", "--b"], [str(script), "a"]):
+        seen = []
+        for program in (sys.executable, python):
+            nine = tmp_path / "nine"
+            line = f'exec 9>{nine}; exec {program} "$@"'
+            run = subprocess.run(
+                ["bash", "-c", line, "bash", *flags, *arguments],
+                cwd=tmp_path,
+                env={**os.environ, "X": "é", "OMP_NUM_THREADS": "1"},
+                input="in\n",
+                capture_output=True,
+                text=True,
+            )
+            seen.append((run.returncode, run.stdout, run.stderr, nine.read_text()))
+        assert seen[0] == seen[1]
+        assert seen[1][0] == 7
 
 
 def test_modules_are_there_and_random_numbers_differ(python):

@@ -1,8 +1,8 @@
 """The weight transfer between processes on a CPU: every bit arrives, in order, at every rollout rank, step after step."""
 
 import asyncio
-import queue
-import threading
+import multiprocessing
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ async def _receive(engine: StoreCheckpointEngine) -> list[tuple[str, torch.Tenso
     return [(name, weight.clone()) async for name, weight in engine.receive_weights()]
 
 
-def _rollout(inbox: queue.Queue, verdicts: queue.Queue, steps: int) -> None:
-    """A rollout rank: connect, receive, compare, for every step."""
+def _rollout(inbox: Any, verdicts: Any, steps: int) -> None:
+    """A rollout process: connect, receive, compare, for every step."""
     engine = StoreCheckpointEngine(bucket_size=1 << 20)
     assert engine.prepare() is None
     for step in range(steps):
@@ -43,22 +43,21 @@ def _rollout(inbox: queue.Queue, verdicts: queue.Queue, steps: int) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_every_rollout_rank_gets_every_bit_of_every_step():
-    """Threads stand for processes here: what they share is the store's address."""
+def test_every_rollout_process_gets_every_bit_of_every_step():
     assert CheckpointEngineRegistry.get("tcp_store") is StoreCheckpointEngine
+    spawn = multiprocessing.get_context("spawn")
     steps, ranks = 2, 2
-    verdicts: queue.Queue = queue.Queue()
-    inboxes: list[queue.Queue] = [queue.Queue() for _ in range(ranks)]
-    rollouts = [threading.Thread(target=_rollout, args=(inbox, verdicts, steps), daemon=True) for inbox in inboxes]
-    for rollout in rollouts:
-        rollout.start()
+    verdicts, inboxes = spawn.Queue(), [spawn.Queue() for _ in range(ranks)]
+    processes = [spawn.Process(target=_rollout, args=(inbox, verdicts, steps)) for inbox in inboxes]
+    for process in processes:
+        process.start()
     master, other = StoreCheckpointEngine(1 << 20, is_master=True), StoreCheckpointEngine(1 << 20)
     for step in range(steps):
         metadata = [master.prepare(), other.prepare()]
-        trainers, receivers = StoreCheckpointEngine.build_topology(2, ranks, metadata)
+        trainers, rollouts = StoreCheckpointEngine.build_topology(2, ranks, metadata)
         for engine, address in zip((master, other), trainers["address"], strict=True):
             engine.init_process_group(address)
-        for inbox, address in zip(inboxes, receivers["address"], strict=True):
+        for inbox, address in zip(inboxes, rollouts["address"], strict=True):
             inbox.put(address)
         # The second trainer rank walks through the weights too, since gathering them needs all ranks.
         walked = iter(weights(step))
@@ -67,6 +66,6 @@ def test_every_rollout_rank_gets_every_bit_of_every_step():
         asyncio.run(master.send_weights(iter(weights(step))))
         assert [verdicts.get(timeout=60) for _ in range(ranks)] == [True] * ranks
         master.finalize()
-    for rollout in rollouts:
-        rollout.join(timeout=30)
-        assert not rollout.is_alive()
+    for process in processes:
+        process.join(timeout=30)
+        assert process.exitcode == 0
