@@ -9,7 +9,12 @@ TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 TORCH=$(sed -n 's/^torch==//p' requirements-cpu.txt)
 WANTED=$(cat scripts/install.sh requirements-cpu.txt requirements-dev.txt setup.cfg pyproject.toml | sha256sum | cut -d' ' -f1)
 STAMP=.venv/installed
-[ "$(cat "$STAMP" 2>/dev/null)" = "$WANTED" ] && exit 0
+is_installed() { [ "$(cat "$STAMP" 2>/dev/null)" = "$WANTED" ]; }
+is_installed && exit 0
+# One at a time: the one that waited finds the work done.
+exec 9<scripts/install.sh
+flock 9
+is_installed && exit 0
 
 # pip, without its notes about index files that it could not verify.
 pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING' >&2); }

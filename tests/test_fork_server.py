@@ -58,6 +58,15 @@ def test_modules_are_there_and_random_numbers_differ(python):
     assert not set(lines[0].split()[2:]) & set(lines[1].split()[2:])
 
 
+def test_forks_share_no_process_group(python):
+    """Ray ends the whole process group of a worker: a shared one would take the other workers with it."""
+    code = "import os, sys; print(os.getpid(), os.getpgid(0), flush=True); sys.stdin.read()"
+    with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        pid, group = process.stdout.readline().split()
+        assert group == pid
+        process.communicate()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_the_fork_too(python, number):
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"

@@ -162,8 +162,8 @@ def test_ray_job_submit(root, toy, tmp_path):
             while not answers(here, dashboard) and time.monotonic() < deadline:
                 time.sleep(0.5)
             # The dashboard answers before the agent that starts jobs is there.
-            while subprocess.run([*submit, "true"], env=node, capture_output=True).returncode:
-                assert time.monotonic() < deadline, "the cluster takes no jobs"
+            while (first := subprocess.run([*submit, "true"], env=node, capture_output=True, text=True)).returncode:
+                assert time.monotonic() < deadline, first.stdout + first.stderr
             run = run_script([*submit, "env", *of_job, "bash", str(root / "scripts/run_asyppo_qwen3_4b.sh")], node)
         finally:
             head.terminate()

@@ -114,6 +114,7 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 with contextlib.suppress(OSError):  # too many processes: the client becomes python itself
                     pid = os.fork() if line else None  # a client that was killed asks for nothing
                 if pid == 0:
+                    os.setpgid(0, 0)  # Ray ends a worker with all of its process group
                     for end, other in clients.values():
                         os.close(end)
                         other.close()
