@@ -141,7 +141,9 @@ def end(number, frame):
     sys.exit(5)
 signal.signal(signal.SIGTERM, end)
 signal.signal(signal.SIGINT, end)
-pathlib.Path(os.environ["TMPDIR"], "left").touch()
+logs = pathlib.Path(os.environ["TMPDIR"], "ray", "session_latest", "logs")
+logs.mkdir(parents=True)
+(logs / "left").touch()
 print("Training Progress: started in", os.environ["TMPDIR"])
 time.sleep(60)
 """
@@ -161,7 +163,7 @@ def test_a_signal_ends_the_command_and_its_temporary_folder(tmp_path, root, numb
         start_new_session=True,
     )
     private = next(line.split()[-1] for line in console.stdout if "started in" in line)
-    assert os.path.exists(f"{private}/left") and os.path.dirname(private) == str(tmp_path)
+    assert os.path.exists(f"{private}/ray") and os.path.dirname(private) == str(tmp_path)
     os.killpg(console.pid, number)
     time.sleep(0.1)
     os.killpg(console.pid, number)
@@ -169,7 +171,7 @@ def test_a_signal_ends_the_command_and_its_temporary_folder(tmp_path, root, numb
     assert console.returncode == 128 + number
     assert f"ended by {number.name}" in errors and "Traceback" not in errors
     assert (tmp_path / "run" / "log").read_text().count(f"got {signal.SIGTERM}") == 1
-    assert not os.path.exists(private)
+    assert not os.path.exists(private) and (tmp_path / "run" / "ray_logs" / "left").exists()
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
