@@ -3,6 +3,7 @@
 ======================================================  ================================================================
 ``sigma_N``, ``value_N``, ``values_MN``                 disagreement, mean and single values of the critics
 ``advantages_N``, ``returns_N``                         of verl's GAE, before any mask
+``explained_var``                                       the metric ``asyppo/explained_var``: how well values tell returns
 ``is_response_N``                                       bool, True on response tokens
 ``offsets``                                             (B + 1,), row i is ``[offsets[i], offsets[i + 1])``
 ``adv_mask_fraction``, ``entropy_filter_fraction``      the settings of these names
@@ -29,7 +30,6 @@ import torch
 from torch import Tensor
 
 from asyppo_verl.asyppo import select_tokens
-from asyppo_verl.metrics import explained_variance, moments
 
 Selection = Callable[..., tuple[Tensor, Tensor]]
 """Returns (tokens whose advantage is used, tokens whose entropy earns the bonus): bool, (N,)."""
@@ -81,9 +81,8 @@ def select(
 
 def once_explained(
     sigma_N: Tensor,
-    value_N: Tensor,
-    returns_N: Tensor,
     is_response_N: Tensor,
+    explained_var: float,
     adv_mask_fraction: float,
     entropy_filter_fraction: float,
     explained: float = 0.2,
@@ -92,8 +91,7 @@ def once_explained(
 
     In other steps every token is used: the critics' disagreement is then the noise of their heads (docs/study.md).
     """
-    _, cov_RR = moments((value_N, returns_N), is_response_N)
-    if explained_variance(cov_RR, 0, 1) < explained:
+    if explained_var < explained:
         adv_mask_fraction = entropy_filter_fraction = 0.0
     return select_tokens(
         sigma_N, is_response_N, adv_mask_fraction=adv_mask_fraction, entropy_filter_fraction=entropy_filter_fraction

@@ -157,16 +157,17 @@ class AsyPPOMixin(_Base):
         changed = {}
         if self.asyppo.critic_lam != self.config.algorithm.lam:
             changed["returns"] = returns_N = self._critic_target(batch, value_N)
+        metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
         # 4. The two selections.
         given = {"sigma_N": sigma_N, "value_N": value_N, "values_MN": values_MN, "returns_N": returns_N}
         given |= {"advantages_N": responses["advantages"], "is_response_N": is_response_N}
+        given |= {"explained_var": metrics["asyppo/explained_var"]}
         keep_adv_N, keep_ent_N = self._select_tokens(batch, given | {"offsets": responses.offsets})
         # 5. Both applied; the second one in the actor's loss.
         if not keep_adv_N.all():
             changed["advantages"] = asyppo.mask_advantage(responses["advantages"], keep_adv_N)
         if self._has_entropy_bonus:
             changed[batch_io.KEEP_ENTROPY] = keep_ent_N
-        metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
         metrics.update(selection_metrics(responses["advantages"], sigma_N, keep_adv_N, keep_ent_N, is_response_N))
         metrics.update(mask_metrics(responses["advantages"], returns_N, keep_adv_N, is_response_N))
         selects = metrics["asyppo/adv_masked_fraction"] > 0 or metrics["asyppo/entropy_filtered_fraction"] > 0
