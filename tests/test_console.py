@@ -161,6 +161,7 @@ def test_a_signal_ends_the_command_and_its_temporary_folder(tmp_path, root, numb
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup one is ignored
     )
     private = next(line.split()[-1] for line in console.stdout if "started in" in line)
     assert os.path.exists(f"{private}/ray") and os.path.dirname(private) == str(tmp_path)
