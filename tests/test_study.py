@@ -76,6 +76,22 @@ def test_the_oracles_values_are_the_mean_of_many_continuations(remarks, is_exact
         assert float(values[t]) == pytest.approx(float(rewards.mean()), abs=0.03)
 
 
+@pytest.mark.parametrize("update_first", [False, True])
+def test_critics_value_a_step_before_or_after_they_learn_from_it(update_first):
+    """The same number of updates in either case; without the option, the values are those of before."""
+    torch.manual_seed(0)
+    task = Task("", remarks="observed", **TINY)
+    runs = [Run(prompts=4, responses=4, update_first=update_first, seed=seed) for seed in range(2)]
+    trainer = engine.Trainer(task, runs, partial(tasks.starting_model, task))
+    (critics,) = trainer.critics
+    batch, _ = trainer.rollout()
+    with torch.no_grad():
+        assert torch.equal(critics.old_values_SBT, critics.values(batch["tokens"]))
+    assert critics.models.steps == (12 if update_first else 0)
+    trainer.step()
+    assert critics.models.steps == (24 if update_first else 12)
+
+
 def test_observations_are_passed_over_as_in_verl():
     """Advantages and returns of three runs, of responses with holes, against verl's own."""
     torch.manual_seed(0)

@@ -29,6 +29,7 @@ class Run(Settings):
         "sigma"  # sigma, relative (to its mean at that position), highest, random, surprisal (of the drawn token)
     )
     mask_from: float | None = None  # explained variance of a step's values from which on its tokens are selected
+    update_first: bool = False  # critics learn from a step's rewards before they value it; critic_lam is then 1
     prompts: int = 16
     responses: int = 8
     mini_batches: int = 4
@@ -169,6 +170,10 @@ class Critics:
 
     def credit(self, tokens, old, is_response, is_right, rewards, chance) -> tuple:
         """Old values and what :func:`credit` gives, of these runs' rows of the stack."""
+        if self.runs[0].update_first:
+            self.old_values_SBT = self.values(tokens[self.rows])
+            with torch.enable_grad():
+                self.learn(tokens, is_response, rewards.sum(-1, keepdim=True).expand_as(rewards))
         tokens, old, is_response, is_right, rewards, chance = (
             x[self.rows] for x in (tokens, old, is_response, is_right, rewards, chance)
         )
@@ -181,6 +186,12 @@ class Critics:
         *earned, metrics = credit(self.runs, rewards, values_MRBT, -old, is_response)
         return earned, metrics
 
+    def learn(self, tokens: Tensor, is_response: Tensor, returns: Tensor) -> None:
+        """Several passes over the responses of a step, of the whole stack."""
+        for _ in range(self.runs[0].critic_epochs):
+            for part in mini_batches(self.runs[0]):
+                self.update(part, tokens, is_response, returns)
+
     def update(self, part: Tensor, tokens: Tensor, is_response: Tensor, returns: Tensor) -> None:
         """One optimizer step towards the returns, each critic on its own responses among ``part``."""
         if self.M:
@@ -192,7 +203,12 @@ class Critics:
 
 def kind(run: Run) -> tuple:
     """What runs must have in common for their critics to be stacked."""
-    return run.free_steps, run.num_critics, run.critic_size, run.is_oracle
+    return run.free_steps, run.num_critics, run.critic_size, run.is_oracle, run.update_first
+
+
+def mini_batches(run: Run) -> tuple[Tensor, ...]:
+    """The responses of each mini-batch of one pass, in a new order."""
+    return torch.randperm(run.prompts * run.responses).chunk(run.mini_batches)
 
 
 class Trainer:
@@ -240,18 +256,13 @@ class Trainer:
         """Sample, give credit, train; returns the metrics of every run."""
         batch, metrics = self.rollout()
         self.actors.lr_S = torch.where(self.steps >= self.warmup_R, self.lr_R, 0)
-        for _ in range(self.first.critic_epochs):
-            for part in self.mini_batches():
-                for critics in self.critics:
-                    critics.update(part, *(batch[name] for name in ("tokens", "is_response", "returns")))
+        for critics in self.critics:
+            if not critics.runs[0].update_first:
+                critics.learn(*(batch[name] for name in ("tokens", "is_response", "returns")))
         for _ in range(self.first.epochs if self.steps >= 0 else 0):  # before the run only the critics learn
-            for part in self.mini_batches():
+            for part in mini_batches(self.first):
                 self.update_actors({name: x[:, part] for name, x in batch.items()})
         return metrics
-
-    def mini_batches(self) -> tuple[Tensor, ...]:
-        """The responses of each mini-batch of one pass, in a new order."""
-        return torch.randperm(self.first.prompts * self.first.responses).chunk(self.first.mini_batches)
 
     def update_actors(self, part: dict[str, Tensor]) -> None:
         """One optimizer step of every actor on some of a batch's responses."""

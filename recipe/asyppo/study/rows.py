@@ -119,6 +119,12 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
         },
         "mask_by": {by: replace(masked, mask_by=by) for by in ("sigma", "relative", "highest", "random", "surprisal")}
         | {"no mask": bare},
+        "update_first": {
+            "after": bare,
+            "before": (before := replace(bare, update_first=True)),
+            "before, both masks": replace(run, update_first=True),
+            "before, lam=0": replace(before, lam=0.0),
+        },
         "warmup": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 2, 5, 10)},
         "critic_size": {
             f"{width} x {layers}": replace(run, critic_size=(width, layers))
