@@ -218,7 +218,7 @@ def main() -> None:
     add("--threads", type=int, default=8, help="callers of ours at the same time")
     arguments = parser.parse_args()
     files = sorted(arguments.data.rglob("*.parquet"))
-    if not files and not arguments.pairs:
+    if not files and (not arguments.pairs or arguments.data != parser.get_default("data")):
         parser.error(
             f"--data {arguments.data}: no parquet file; make them with python -m recipe.asyppo.data.prepare_data, "
             "or give --pairs"
