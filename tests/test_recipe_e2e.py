@@ -148,13 +148,9 @@ def test_ray_job_submit(root, toy, tmp_path):
     }
     here, port, dashboard = "127.0.0.1", free_port(), free_port()
     start = ["start", "--head", "--block", "--disable-usage-stats", f"--node-ip-address={here}", f"--port={port}"]
+    start += [f"--dashboard-host={here}", f"--dashboard-port={dashboard}"]
     # Jobs are started by the agent, whose usual port another cluster on this machine may have taken.
-    start += [
-        f"--dashboard-host={here}",
-        f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={free_port()}",
-    ]
-    start += [f"--temp-dir={ray_dir}"]
+    start += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={ray_dir}"]
     submit = [*ray, "job", "submit", f"--address=http://{here}:{dashboard}", "--"]
     with subprocess.Popen(
         [*ray, *start, "--num-gpus=1", "--num-cpus=32"],
@@ -164,7 +160,7 @@ def test_ray_job_submit(root, toy, tmp_path):
         start_new_session=True,
     ) as head:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 60
             while not answers(here, dashboard) and time.monotonic() < deadline:
                 time.sleep(0.5)
             run = run_script([*submit, "env", *of_job, "bash", str(root / "scripts/run_asyppo_qwen3_4b.sh")], node)

@@ -187,18 +187,17 @@ class Critics:
         return earned, metrics
 
     def learn(self, tokens: Tensor, is_response: Tensor, returns: Tensor) -> None:
-        """Several passes over the responses of a step, of the whole stack."""
-        for _ in range(self.runs[0].critic_epochs):
+        """Several passes over the responses of a step, of the whole stack; nothing without critics."""
+        for _ in range(self.runs[0].critic_epochs if self.M else 0):
             for part in mini_batches(self.runs[0]):
                 self.update(part, tokens, is_response, returns)
 
     def update(self, part: Tensor, tokens: Tensor, is_response: Tensor, returns: Tensor) -> None:
         """One optimizer step towards the returns, each critic on its own responses among ``part``."""
-        if self.M:
-            tokens, is_response, returns = (x[self.rows, part] for x in (tokens, is_response, returns))
-            is_own = self.is_own_SB1[:, part] & is_response.repeat(self.M, 1, 1)
-            old, returns = self.old_values_SBT[:, part], returns.repeat(self.M, 1, 1)
-            self.models.step(one_page.critic_loss(self.values(tokens), old, returns, is_own))
+        tokens, is_response, returns = (x[self.rows, part] for x in (tokens, is_response, returns))
+        is_own = self.is_own_SB1[:, part] & is_response.repeat(self.M, 1, 1)
+        old, returns = self.old_values_SBT[:, part], returns.repeat(self.M, 1, 1)
+        self.models.step(one_page.critic_loss(self.values(tokens), old, returns, is_own))
 
 
 def kind(run: Run) -> tuple:
