@@ -140,6 +140,10 @@ class AsyPPOConfig:
     """Which responses a critic trains on: "group" (the paper: every group is split evenly), "prompt" (whole groups), "none"
     (all responses; an ablation)."""
 
+    update_critics_first: bool = False
+    """Critics learn from a step's responses before they value them; False is the paper's order. They value twice: before,
+    for the targets, the clipping and the metrics of the critics, and after, for the advantages and selections (ours)."""
+
     selection: str = "asyppo_verl.asyppo.select_tokens"
     """The function that makes both selections of a step, ``package.module.function``; the place for a rule of one's own
     (ours)."""
@@ -188,8 +192,9 @@ class AsyPPOConfig:
             raise ValueError(f"asyppo.critic_lam={self.critic_lam} must lie in [0, 1]; 1 is the Monte-Carlo return")
         if self.shard not in ("group", "prompt", "none"):
             raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
-        if not isinstance(self.compile_critics, bool):
-            raise ValueError(f"asyppo.compile_critics={self.compile_critics!r} must be true or false")
+        for key in ("update_critics_first", "compile_critics"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"asyppo.{key}={getattr(self, key)!r} must be true or false")
         check_known("asyppo.placement", self.placement, PLACEMENTS)
         self._check_overrides()
 

@@ -151,31 +151,47 @@ class AsyPPOMixin(_Base):
         # 3. GAE on the mean.
         with self._adv_estimator("gae"):
             batch = super()._compute_advantage(batch, metrics)
-        responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
+        responses = batch_io.fetch(batch, "response_mask", "returns")
         is_response_N, returns_N = responses["response_mask"].bool(), responses["returns"]
         batch_checks.check_returns(returns_N, is_response_N, responses.keys, responses.offsets, self.global_steps)
-        changed = {}
         if self.asyppo.critic_lam != self.config.algorithm.lam:
-            changed["returns"] = returns_N = self._critic_target(batch, value_N)
+            _, returns_N = self._gae(batch, value_N, self.asyppo.critic_lam)
+            batch.fields = batch_io.store(batch, responses, returns=returns_N)
         metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
+        if self.asyppo.update_critics_first:
+            return batch
+        return self._apply_selections(batch, values_MN, value_N, sigma_N, metrics)
+
+    def _compute_advantage_again(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """The advantages, with the values of critics that have learned from the batch; their targets stay what they were."""
+        self._critics.start_evaluation(batch, self._actor_ranks)
+        self._critics.finish_evaluation()
+        values_MN, value_N, sigma_N = self._ensemble_value(batch)
+        advantages_N, _ = self._gae(batch, value_N, self.config.algorithm.lam)
+        batch_io.store(batch, batch_io.fetch(batch, "response_mask"), advantages=advantages_N)
+        return self._apply_selections(batch, values_MN, value_N, sigma_N, metrics)
+
+    def _apply_selections(
+        self, batch: KVBatchMeta, values_MN: Tensor, value_N: Tensor, sigma_N: Tensor, metrics: dict
+    ) -> KVBatchMeta:
+        """Steps 4 and 5."""
+        responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
+        advantages_N, returns_N = responses["advantages"], responses["returns"]
+        is_response_N = responses["response_mask"].bool()
         # 4. The two selections.
         given = {"sigma_N": sigma_N, "value_N": value_N, "values_MN": values_MN, "returns_N": returns_N}
-        given |= {"advantages_N": responses["advantages"], "is_response_N": is_response_N}
+        given |= {"advantages_N": advantages_N, "is_response_N": is_response_N}
         given |= {"explained_var": metrics["asyppo/explained_var"]}
         keep_adv_N, keep_ent_N = self._select_tokens(batch, given | {"offsets": responses.offsets})
         # 5. Both applied; the second one in the actor's loss.
+        changed = {}
         if not keep_adv_N.all():
-            changed["advantages"] = asyppo.mask_advantage(responses["advantages"], keep_adv_N)
+            changed["advantages"] = asyppo.mask_advantage(advantages_N, keep_adv_N)
         if self._has_entropy_bonus:
             changed[batch_io.KEEP_ENTROPY] = keep_ent_N
-        metrics.update(selection_metrics(responses["advantages"], sigma_N, keep_adv_N, keep_ent_N, is_response_N))
-        metrics.update(mask_metrics(responses["advantages"], returns_N, keep_adv_N, is_response_N))
-        selects = metrics["asyppo/adv_masked_fraction"] > 0 or metrics["asyppo/entropy_filtered_fraction"] > 0
-        if not self._is_blind and self.asyppo.num_critics > 1 and selects:
-            self._explained.append(metrics["asyppo/explained_var"])
-            self._is_blind = batch_checks.warn_of_blind_critics(self._explained, self.global_steps)
-        if not self._has_warned:
-            self._has_warned = batch_checks.warn_of_ties(metrics["asyppo/sigma/tied"], self.global_steps)
+        metrics.update(selection_metrics(advantages_N, sigma_N, keep_adv_N, keep_ent_N, is_response_N))
+        metrics.update(mask_metrics(advantages_N, returns_N, keep_adv_N, is_response_N))
+        self._warn(metrics)
         if changed:
             batch.fields = batch_io.store(batch, responses, **changed)
         if self.asyppo.inspect.is_due(self.global_steps):
@@ -183,6 +199,15 @@ class AsyPPOMixin(_Base):
                 batch, responses, values_MN=values_MN, sigma_N=sigma_N, keep_adv_N=keep_adv_N, keep_ent_N=keep_ent_N
             )
         return self._for_the_actor(batch)
+
+    def _warn(self, metrics: dict) -> None:
+        """Warn, each once in a run, of critics that explain nothing and of critics that are nearly equal."""
+        selects = metrics["asyppo/adv_masked_fraction"] > 0 or metrics["asyppo/entropy_filtered_fraction"] > 0
+        if not self._is_blind and self.asyppo.num_critics > 1 and selects:
+            self._explained.append(metrics["asyppo/explained_var"])
+            self._is_blind = batch_checks.warn_of_blind_critics(self._explained, self.global_steps)
+        if not self._has_warned:
+            self._has_warned = batch_checks.warn_of_ties(metrics["asyppo/sigma/tied"], self.global_steps)
 
     def _ensemble_value(self, batch: KVBatchMeta) -> tuple[Tensor, Tensor, Tensor]:
         """The critics' values, their mean, which is stored as verl's ``values``, and sigma."""
@@ -221,18 +246,18 @@ class AsyPPOMixin(_Base):
             folder, self.global_steps, batch, self.tokenizer, groups=groups, responses=responses, **vectors
         )
 
-    def _critic_target(self, batch: KVBatchMeta, value_N: Tensor) -> Tensor:
-        """The lambda-return of the mean value with the critics' own lambda, by verl's GAE."""
+    def _gae(self, batch: KVBatchMeta, value_N: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+        """Whitened advantages and lambda-returns of the mean value, by verl's GAE on the rewards of its own pass."""
         rewards = "token_level_rewards" if self.config.algorithm.use_kl_in_reward else "rm_scores"
         responses = batch_io.fetch(batch, "response_mask", rewards)
-        _, target_BT = compute_gae_advantage_return(
+        advantages_BT, returns_BT = compute_gae_advantage_return(
             token_level_rewards=responses.padded(responses[rewards]),
             values=responses.padded(value_N),
             response_mask=responses.padded(responses["response_mask"]),
             gamma=self.config.algorithm.gamma,
-            lam=self.asyppo.critic_lam,
+            lam=lam,
         )
-        return responses.joined(target_BT)
+        return responses.joined(advantages_BT), responses.joined(returns_BT)
 
     @contextlib.contextmanager
     def _adv_estimator(self, name: str) -> Iterator[None]:
@@ -249,17 +274,24 @@ class AsyPPOMixin(_Base):
 
     # -- critic update ---------------------------------------------------------------------------------------------
 
+    @property
+    def _waits_for_critics(self) -> bool:
+        """True if the actor's update begins when the critics' has ended."""
+        return self.asyppo.update_critics_first or not self.asyppo.critics_are_apart
+
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Each mini-critic trains on its shard, beside the actor if it has GPUs of its own."""
+        """Each mini-critic trains on its shard, beside the actor if it has GPUs of its own and the actor need not wait."""
         self._critics.start_update(batch, self._shards(batch), self._actor_ranks)
-        if not self.asyppo.critics_are_apart:
+        if self._waits_for_critics:
             metrics.update(self._critics.finish_update(self.global_steps))
+        if self.asyppo.update_critics_first:
+            batch = self._compute_advantage_again(batch, metrics)
         return batch
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         """verl's step; whatever comes after it finds the critics trained, the actor's update or not."""
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
-        if self.asyppo.critics_are_apart:
+        if not self._waits_for_critics:
             with marked_timer("update_critic", timing_raw, color="pink"):
                 metrics.update(self._critics.finish_update(self.global_steps))
         return batch

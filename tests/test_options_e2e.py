@@ -160,6 +160,7 @@ def test_a_reward_model_and_other_options_train_together(root, toy, tmp_path):
         "algorithm.rollout_correction.rollout_is=token",
         "algorithm.lam=0.95",
         "+asyppo.critic_lam=0.9",
+        "+asyppo.update_critics_first=True",
         "trainer.total_training_steps=2",
         "trainer.save_freq=-1",
     )
@@ -181,6 +182,8 @@ def test_a_reward_model_and_other_options_train_together(root, toy, tmp_path):
         assert step_metrics["actor/entropy_loss"] < step_metrics["actor/entropy"]
         assert 0.19 < step_metrics["asyppo/entropy_filtered_fraction"] <= 0.2
         assert all(step_metrics[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(2))
+        # The values that the advantages are of come from critics that have seen the rewards.
+        assert step_metrics["asyppo/explained_var"] < step_metrics["critic/vf_explained_var"]
 
 
 def make_judge(toy: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from asyppo_verl import asyppo
 from recipe.asyppo import one_page
 from recipe.asyppo.study import __main__ as command
 from recipe.asyppo.study import engine, report, rows, tasks
-from recipe.asyppo.study.engine import Run
+from recipe.asyppo.study.credit import Run, credit, gae, keep
 from recipe.asyppo.study.rows import Seeds, Store
 from recipe.asyppo.study.tasks import Task
 
@@ -35,7 +35,7 @@ def test_the_credit_of_many_runs_is_that_of_the_one_page(critics):
         Run(num_critics=critics, responses=4, lam=lam, adv_mask_fraction=k)
         for lam, k in ((0.0, 0.2), (0.9, 0.4), (1.0, 0.0))
     ]
-    *ours, metrics = engine.credit(runs, rewards, values, rewards, is_response)
+    *ours, metrics = credit(runs, rewards, values, rewards, is_response)
     for r, run in enumerate(runs):
         *theirs, page = one_page.credit(run, rewards[r], values[:, r], is_response[r])
         for mine, other in zip(ours, theirs, strict=True):
@@ -51,7 +51,7 @@ def test_the_selection_of_many_runs_is_the_methods(largest):
     fractions = [0.0, 0.2, 0.29, 0.5, 0.2]
     score, is_response = torch.randint(4, (5, 20, 5)).float(), holes(5, 20, 5)  # ties everywhere
     score[4] = 0  # no signal
-    ours = engine.keep(score, is_response, fractions, largest=largest)
+    ours = keep(score, is_response, fractions, largest=largest)
     theirs = asyppo.keep_entropy if largest else asyppo.keep_advantage
     for r, fraction in enumerate(fractions):
         assert torch.equal(ours[r], theirs(score[r], is_response[r], fraction=fraction))
@@ -78,18 +78,28 @@ def test_the_oracles_values_are_the_mean_of_many_continuations(remarks, is_exact
 
 @pytest.mark.parametrize("update_first", [False, True])
 def test_critics_value_a_step_before_or_after_they_learn_from_it(update_first):
-    """The same number of updates in either case; without the option, the values are those of before."""
+    """As many updates in either case, towards the returns of the values before them; credit from the values that are due."""
     torch.manual_seed(0)
     task = Task("", remarks="observed", **TINY)
-    runs = [Run(prompts=4, responses=4, update_first=update_first, seed=seed) for seed in range(2)]
+    runs = [
+        Run(prompts=4, responses=4, mini_batches=1, critic_lam=0.5, update_first=update_first, seed=seed)
+        for seed in range(2)
+    ]
     trainer = engine.Trainer(task, runs, partial(tasks.starting_model, task))
     (critics,) = trainer.critics
     batch, _ = trainer.rollout()
+    tokens, is_response = batch["tokens"], batch["is_response"]
+    assert critics.models.steps == (3 if update_first else 0)
+    is_last = is_response & (is_response.flip(-1).cumsum(-1).flip(-1) == 1)
+    rewards = torch.where(is_last, task.grade(tokens)[1][..., None], 0.0)
+    before = critics.old_values_SBT.unflatten(0, (2, 2))
     with torch.no_grad():
-        assert torch.equal(critics.old_values_SBT, critics.values(batch["tokens"]))
-    assert critics.models.steps == (12 if update_first else 0)
+        due = critics.values(tokens).unflatten(0, (2, 2))
+    assert torch.equal(before, due) is not update_first
+    torch.testing.assert_close(batch["returns"], credit(runs, rewards, before, -batch["old"], is_response)[1])
+    torch.testing.assert_close(batch["advantages"], credit(runs, rewards, due, -batch["old"], is_response)[0])
     trainer.step()
-    assert critics.models.steps == (24 if update_first else 12)
+    assert critics.models.steps == (6 if update_first else 3)
 
 
 def test_observations_are_passed_over_as_in_verl():
@@ -97,7 +107,7 @@ def test_observations_are_passed_over_as_in_verl():
     torch.manual_seed(0)
     is_response = (torch.rand(3, 8, 6) < 0.6) | (torch.arange(6) == 5)
     rewards, values = torch.rand(3, 8, 6) * is_response, torch.rand(3, 8, 6)
-    advantages, returns = engine.gae(rewards, values, is_response, torch.tensor([0.0, 0.9, 1.0]))
+    advantages, returns = gae(rewards, values, is_response, torch.tensor([0.0, 0.9, 1.0]))
     for r, lam in enumerate([0.0, 0.9, 1.0]):
         theirs = compute_gae_advantage_return(rewards[r], values[r], is_response[r].float(), gamma=1.0, lam=lam)
         for mine, other in zip((advantages[r], returns[r]), theirs, strict=True):

@@ -136,9 +136,23 @@ def force_values(batch: KVBatchMeta, num_critics: int, seed: int = 1) -> dict[st
     }
 
 
-def step(trainer: AsyPPOTrainerSync, batch: KVBatchMeta, values: dict) -> tuple[KVBatchMeta, dict]:
-    """The part of verl's step that is ours."""
-    trainer.critic_wg = ForcedCritics(values)
+class LearningCritics(ForcedCritics):
+    """Gives other values from its first update on."""
+
+    def __init__(self, before: dict[str, list[torch.Tensor]], after: dict[str, list[torch.Tensor]]) -> None:
+        super().__init__(before)
+        self.after = after
+
+    def train_mini_batch(self, batch: KVBatchMeta) -> SimpleNamespace:
+        self.values = self.after
+        return super().train_mini_batch(batch)
+
+
+def step(
+    trainer: AsyPPOTrainerSync, batch: KVBatchMeta, critics: dict[str, list[torch.Tensor]] | ForcedCritics
+) -> tuple[KVBatchMeta, dict]:
+    """The part of verl's step that is ours, with critics or the values that they give."""
+    trainer.critic_wg = critics if isinstance(critics, ForcedCritics) else ForcedCritics(critics)
     metrics: dict = {}
     batch = trainer._balance_batch(batch, metrics)
     batch = trainer._compute_values(batch, metrics)
@@ -433,6 +447,35 @@ def test_the_critics_own_lambda_changes_only_their_target(compose, clean):
     assert any(not torch.allclose(found[1.0][1][key], found[0.5][1][key]) for key in values)
 
 
+@pytest.mark.parametrize(("lam", "critic_lam"), [(1.0, 1.0), (0.9, 0.9), (1.0, 0.5)])
+def test_critics_that_learn_first(compose, clean, lam, critic_lam):
+    """Their targets and metrics are those of the values before, advantages and selections those of the values after."""
+    given = [f"algorithm.lam={lam}", f"+asyppo.critic_lam={critic_lam}", "algorithm.gamma=0.99"]
+    given += ["actor_rollout_ref.actor.entropy_coeff=0.1"]
+    before, after = (force_values(put_rows(RAGGED), 2, seed) for seed in (1, 2))
+
+    def found(critics: dict | ForcedCritics, *overrides: str) -> tuple[dict[str, dict], dict, AsyPPOTrainerSync]:
+        trainer = trainer_for(compose, *given, *overrides)
+        batch, metrics = step(trainer, put_rows(RAGGED), critics)
+        fields = ("values", "advantages", "returns", batch_io.KEEP_ENTROPY, *map(value_field, range(2)))
+        return {field: stored(batch, field) for field in fields}, metrics, trainer
+
+    learned, metrics, trainer = found(LearningCritics(before, after), "+asyppo.update_critics_first=True")
+    with_before, metrics_before, _ = found(before)
+    with_after, metrics_after, _ = found(after)
+    for key in before:
+        assert torch.equal(learned["returns"][key], with_before["returns"][key])
+        for field in learned.keys() - {"returns"}:
+            assert torch.equal(learned[field][key], with_after[field][key]), field
+    of_after = ("asyppo/adv", "asyppo/mask", "asyppo/entropy", "asyppo/sigma/tied")
+    assert metrics.keys() == metrics_before.keys()
+    for key, value in metrics.items():
+        expected = metrics_after if key.startswith(of_after) else metrics_before
+        if key != "asyppo/mask/return_correlation":
+            assert value == expected[key], key
+    assert len(trainer.critic_wg.calls) == 2, "each critic is updated once"
+
+
 def test_without_shards_every_critic_trains_on_the_whole_batch(compose, clean):
     batch = put_rows(RAGGED)
     real = set(batch.keys)
@@ -540,6 +583,7 @@ def whole_step(compose, *overrides: str, fails: bool = False) -> tuple[list[str]
 EVALUATION, UPDATE = ["evaluation begins", "evaluation ends"], ["update of 0 begins", "update of 1 begins"]
 UPDATE_ENDS = ["update of 0 ends", "update of 1 ends"]
 POOL = ["+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=1"]
+FIRST = ["+asyppo.update_critics_first=True"]
 
 
 @pytest.mark.parametrize(
@@ -548,8 +592,13 @@ POOL = ["+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=1"]
         ([], ["log-probs", *EVALUATION, *UPDATE, *UPDATE_ENDS, "actor"]),
         (POOL, [EVALUATION[0], "log-probs", EVALUATION[1], *UPDATE, "actor", *UPDATE_ENDS]),
         ([*POOL, "trainer.critic_warmup=5"], [EVALUATION[0], "log-probs", EVALUATION[1], *UPDATE, *UPDATE_ENDS]),
+        (FIRST, ["log-probs", *EVALUATION, *UPDATE, *UPDATE_ENDS, *EVALUATION, "actor"]),
+        (
+            [*POOL, *FIRST],
+            [EVALUATION[0], "log-probs", EVALUATION[1], *UPDATE, *UPDATE_ENDS, *EVALUATION, "actor"],
+        ),
     ],
-    ids=["colocated", "pool", "pool without the actor's update"],
+    ids=["colocated", "pool", "pool without the actor's update", "critics first", "pool, critics first"],
 )
 def test_who_works_when(compose, clean, overrides, expected):
     """Critics apart are begun before the actor and waited for after it, and never later than the end of the step."""

@@ -83,7 +83,7 @@ METRICS = [
     ),
     Metric(
         "asyppo/critic_<m>/explained_var",
-        "1 - Var[return - value] / Var[return] over the whole batch, its own shard and the others'",
+        "1 - Var[return - value] / Var[return] over the whole batch, its own shard and the others', before it learns from it",
         low=0,
         note="rises; above 0.3 is useful",
         advice=LEARN_MORE,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from recipe.asyppo.one_page import Models
 from recipe.asyppo.study import engine, report, rows, tasks
+from recipe.asyppo.study.credit import Run
 from recipe.asyppo.study.rows import Seeds, Store
 
 
@@ -62,7 +63,7 @@ def run_row(row: str, store: Store, seeds: Seeds, *, stack: int, has_time: Calla
             return False
 
 
-def save(store: Store, task: str, runs: Sequence[engine.Run], history: list[list[dict]], seconds: float) -> None:
+def save(store: Store, task: str, runs: Sequence[Run], history: list[list[dict]], seconds: float) -> None:
     """A line for every run, also of those that were stopped: their beginning may be all that a row needs."""
     for index, run in enumerate(runs if history else []):
         series = {metric: [round(step[index][metric], 4) for step in history] for metric in history[0][index]}

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from recipe.asyppo.study import rows
-from recipe.asyppo.study.engine import Run
+from recipe.asyppo.study.credit import Run
 from recipe.asyppo.study.rows import ABLATIONS, ALGORITHMS, Seeds, Store
 from recipe.asyppo.study.tasks import TASKS
 

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-from recipe.asyppo.study.engine import Run
+from recipe.asyppo.study.credit import Run
 from recipe.asyppo.study.tasks import TASKS, Task
 
 CRITIC_LRS = (3e-3, 1e-2)
