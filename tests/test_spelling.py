@@ -1,5 +1,7 @@
 """The demo's task: what its actor reads, what its critics learn from, and that a run gets the critics as they were made."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_recipe import environment, recorded, validated
@@ -67,6 +69,15 @@ def test_each_critic_is_a_value_model_with_a_head_of_its_own(spelling):
         assert not found["missing_keys"] and not found["unexpected_keys"] and critic.score.out_features == 1
         heads.append(critic.score.weight)
     assert not torch.equal(*heads)
+
+
+def test_critics_without_graded_answers_are_language_models_that_have_read_the_text(tmp_path):
+    make(tmp_path / "task", replace(SMALL, answers=0, critic_steps=2))
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "task" / name) for name in ("actor", "critic", "critic_1")
+    ]
+    actor, *critics = (model.get_input_embeddings().weight for model in models)
+    assert critics[0].shape[1] < actor.shape[1] and not torch.equal(*critics)
 
 
 def test_the_script_gives_every_critic_its_folder(root, toy, spelling, tmp_path):

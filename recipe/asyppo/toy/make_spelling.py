@@ -40,8 +40,9 @@ class Settings:
     careless: float = 0.55  # share of the answers that were typed without care
     typos: float = 0.35  # of whose letters so many are wrong
     actor_steps: int = 110
-    answers: int = 12288  # that each critic sees,
-    passes: int = 3  # so often
+    answers: int = 12288  # that each critic sees graded; 0: it has read the text, as the actor has
+    passes: int = 3  # over the answers
+    critic_steps: int = 576  # of critics that read the text
     seed: int = 0
 
 
@@ -84,20 +85,20 @@ def optimize(model: nn.Module, steps: int, name: str = "", *, lr: float = 2e-3) 
         yield learn
 
 
-def make_actor(folder: Path, settings: Settings) -> None:
-    """Write ``actor/``, which has read the text."""
+def make_reader(folder: Path, name: str, size: str, steps: int, seed: int, settings: Settings) -> None:
+    """Write ``name/``, a language model that has read the text."""
     tokenizer = build_tokenizer()
     task = Spelling(tokenizer)
-    torch.manual_seed(settings.seed)
-    actor = Qwen3ForCausalLM(model_config(SIZES["actor"] | INIT, tokenizer))
-    for learn in optimize(actor, settings.actor_steps, "supervised start of the actor"):
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(model_config(SIZES[size] | INIT, tokenizer))
+    for learn in optimize(model, steps, f"{name} reads"):
         rows = torch.randint(len(task.prompts), (64,))
         answers = task.typed(rows, settings.careless, settings.typos)
-        logits = actor(torch.cat([task.prompts[rows], answers[:, :-1]], 1)).logits[:, PROMPT - 1 :]
+        logits = model(torch.cat([task.prompts[rows], answers[:, :-1]], 1)).logits[:, PROMPT - 1 :]
         is_response = task.is_response(answers)
         learn(F.cross_entropy(logits[is_response], answers[is_response]))
-    actor.save_pretrained(folder / "actor")
-    tokenizer.save_pretrained(folder / "actor")
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
 
 
 @torch.no_grad()
@@ -112,11 +113,15 @@ def sample(actor: Qwen3ForCausalLM, task: Spelling, rows: Tensor) -> Tensor:
     return torch.where(task.is_response(drawn), drawn, task.end)
 
 
-def make_critic(folder: Path, index: int, settings: Settings) -> float:
-    """Write the critic of this number, pre-trained on answers of its own; returns the reward of these answers."""
+def make_critic(folder: Path, index: int, settings: Settings) -> float | None:
+    """Write the critic of this number, pre-trained on answers of its own; returns the reward of these, if it has any."""
+    name, seed = "critic" if index == 0 else f"critic_{index}", settings.seed + 1 + index
+    if not settings.answers:
+        make_reader(folder, name, "critic", settings.critic_steps, seed, settings)
+        return None
     tokenizer = build_tokenizer()
     task, actor = Spelling(tokenizer), Qwen3ForCausalLM.from_pretrained(folder / "actor")
-    torch.manual_seed(settings.seed + 1 + index)
+    torch.manual_seed(seed)
     rows = torch.randint(len(task.prompts), (settings.answers,))
     show = not index  # both do the same at the same time
     batches = tqdm(rows.split(512), desc="answers of the actor", mininterval=1, disable=not show)
@@ -133,9 +138,8 @@ def make_critic(folder: Path, index: int, settings: Settings) -> float:
         hidden = critic.model(text).last_hidden_state[:, PROMPT - 1 :][is_response := task.is_response(answers[batch])]
         error = critic.score(hidden)[:, 0] - rewards[batch, None].expand_as(is_response)[is_response]
         learn(error.square().mean() + 0.1 * F.cross_entropy(next_token(hidden), answers[batch][is_response]))
-    path = folder / ("critic" if index == 0 else f"critic_{index}")
-    critic.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    critic.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
     return float(rewards.mean())
 
 
@@ -151,7 +155,7 @@ def make(folder: Path, settings: Settings) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork"), _be_quiet) as pool:
-        pool.submit(make_actor, partial, settings).result()
+        pool.submit(make_reader, partial, "actor", "actor", settings.actor_steps, settings.seed, settings).result()
         rewards = list(pool.map(make_critic, [partial] * 2, range(2), [settings] * 2))
     pairs = Spelling(build_tokenizer()).pairs
     random.Random(settings.seed).shuffle(pairs)
@@ -164,9 +168,13 @@ def make(folder: Path, settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write; kept as it is when already complete")
-    folder = parser.parse_args().folder
+    parser.add_argument(
+        "--answers", type=int, default=Settings.answers, help="graded ones that each critic sees before"
+    )
+    options = parser.parse_args()
+    folder = options.folder
     if not (folder / "made.json").exists():
-        make(folder, Settings())
+        make(folder, Settings(answers=options.answers))
     print(f"the task is in {folder}")
 
 
