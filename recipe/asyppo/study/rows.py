@@ -123,6 +123,7 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
             "after": bare,
             "before": (before := replace(bare, update_first=True)),
             "before, both masks": replace(run, update_first=True),
+            "before, lam=0.8": replace(before, lam=0.8),
             "before, lam=0": replace(before, lam=0.0),
         },
         "warmup": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 2, 5, 10)},
