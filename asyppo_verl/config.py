@@ -144,6 +144,9 @@ class AsyPPOConfig:
     """Critics learn from a step's responses before they value them; False is the paper's order. They value twice: before,
     for the targets, the clipping and the metrics of the critics, and after, for the advantages and selections (ours)."""
 
+    adaptive_lam: bool = False
+    """The lambda of the advantages falls from ``algorithm.lam`` to 0 as the critics' explained variance rises to 0.2 (ours)."""
+
     selection: str = "asyppo_verl.asyppo.select_tokens"
     """The function that makes both selections of a step, ``package.module.function``; the place for a rule of one's own
     (ours)."""
@@ -192,7 +195,7 @@ class AsyPPOConfig:
             raise ValueError(f"asyppo.critic_lam={self.critic_lam} must lie in [0, 1]; 1 is the Monte-Carlo return")
         if self.shard not in ("group", "prompt", "none"):
             raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
-        for key in ("update_critics_first", "compile_critics"):
+        for key in ("update_critics_first", "adaptive_lam", "compile_critics"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"asyppo.{key}={getattr(self, key)!r} must be true or false")
         check_known("asyppo.placement", self.placement, PLACEMENTS)

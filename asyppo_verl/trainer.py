@@ -23,6 +23,7 @@ from verl.utils.debug import marked_timer
 
 from asyppo_verl import asyppo, batch_checks, batch_io, inspection, mini_batches, selection
 from asyppo_verl.actor_loss import asyppo_actor_loss
+from asyppo_verl.adaptive_lam import AdaptiveLam
 from asyppo_verl.config import TRAINER_PREFIX
 from asyppo_verl.critic_client import CriticClient
 from asyppo_verl.critic_settings import critic_nodes, read_config
@@ -158,8 +159,13 @@ class AsyPPOMixin(_Base):
             _, returns_N = self._gae(batch, value_N, self.asyppo.critic_lam)
             batch.fields = batch_io.store(batch, responses, returns=returns_N)
         metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
+        metrics["asyppo/lam"] = lam = self.config.algorithm.lam
+        if self.asyppo.adaptive_lam:
+            metrics["asyppo/lam"] = self._adaptive_lam(metrics["asyppo/explained_var"])
         if self.asyppo.update_critics_first:
             return batch
+        if metrics["asyppo/lam"] != lam:
+            self._store_advantages(batch, value_N, metrics["asyppo/lam"])
         return self._apply_selections(batch, values_MN, value_N, sigma_N, metrics)
 
     def _compute_advantage_again(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -167,9 +173,16 @@ class AsyPPOMixin(_Base):
         self._critics.start_evaluation(batch, self._actor_ranks)
         self._critics.finish_evaluation()
         values_MN, value_N, sigma_N = self._ensemble_value(batch)
-        advantages_N, _ = self._gae(batch, value_N, self.config.algorithm.lam)
-        batch_io.store(batch, batch_io.fetch(batch, "response_mask"), advantages=advantages_N)
+        self._store_advantages(batch, value_N, metrics["asyppo/lam"])
         return self._apply_selections(batch, values_MN, value_N, sigma_N, metrics)
+
+    def _store_advantages(self, batch: KVBatchMeta, value_N: Tensor, lam: float) -> None:
+        advantages_N, _ = self._gae(batch, value_N, lam)
+        batch_io.store(batch, batch_io.fetch(batch, "response_mask"), advantages=advantages_N)
+
+    @functools.cached_property
+    def _adaptive_lam(self) -> AdaptiveLam:
+        return AdaptiveLam(self.config.algorithm.lam)
 
     def _apply_selections(
         self, batch: KVBatchMeta, values_MN: Tensor, value_N: Tensor, sigma_N: Tensor, metrics: dict

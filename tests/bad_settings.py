@@ -36,6 +36,7 @@ SETTINGS = [
         ["compile_critics=True", "set critic.model.enable_activation_offload=False"],
     ),
     ("+asyppo.compile_critics=1", ["asyppo.compile_critics=1", "true or false"]),
+    ("+asyppo.adaptive_lam=0.95", ["asyppo.adaptive_lam=0.95", "true or false"]),
     ("+asyppo.update_critics_first=1", ["asyppo.update_critics_first=1", "true or false"]),
     ("+asyppo=[1]", ["asyppo=[1]", "+asyppo.num_critics=2"]),
     ("+asyppo.num_critic=3", ["asyppo.num_critic=3", "did you mean num_critics?"]),

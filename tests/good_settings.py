@@ -23,7 +23,7 @@ LEGAL = [
     "critic.fsdp.reshard_after_forward=2",
     "critic.fsdp.fsdp_size=16",
     "+asyppo.compile_critics=True",
-    "+asyppo.update_critics_first=True",
+    "+asyppo.update_critics_first=True +asyppo.adaptive_lam=True",
     "trainer.total_training_steps=0",
     "trainer.total_training_steps=1e3",
     "trainer.total_epochs=1 trainer.total_training_steps=100000",

@@ -13,6 +13,7 @@ ALLOWED = {
     "__init__": (set(), set()),
     "asyppo": ({"torch"}, {"order_statistics"}),
     "order_statistics": ({"torch"}, set()),
+    "adaptive_lam": (set(), set()),
     "metrics": ({"torch"}, {"order_statistics"}),
     "selection": ({"torch"}, {"asyppo", "metrics"}),
     "mini_batches": (set(), set()),
@@ -41,6 +42,7 @@ ALLOWED = {
         | CONFIG
         | {
             "actor_loss",
+            "adaptive_lam",
             "batch_checks",
             "batch_io",
             "critic_client",

@@ -9,6 +9,7 @@ import torch
 from verl.trainer.ppo.core_algos import compute_gae_advantage_return
 
 from asyppo_verl import asyppo
+from asyppo_verl.adaptive_lam import AdaptiveLam
 from recipe.asyppo import one_page
 from recipe.asyppo.study import __main__ as command
 from recipe.asyppo.study import engine, report, rows, tasks
@@ -76,18 +77,18 @@ def test_the_oracles_values_are_the_mean_of_many_continuations(remarks, is_exact
         assert float(values[t]) == pytest.approx(float(rewards.mean()), abs=0.03)
 
 
-@pytest.mark.parametrize("update_first", [False, True])
-def test_critics_value_a_step_before_or_after_they_learn_from_it(update_first):
-    """As many updates in either case, towards the returns of the values before them; credit from the values that are due."""
+@pytest.mark.parametrize(("update_first", "adaptive_lam"), [(False, False), (True, False), (False, True), (True, True)])
+def test_critics_learn_before_or_after_they_value_a_step(update_first, adaptive_lam):
+    """As many updates, towards the returns of the values before them; credit from the values that are due."""
     torch.manual_seed(0)
     task = Task("", remarks="observed", **TINY)
-    runs = [
-        Run(prompts=4, responses=4, mini_batches=1, critic_lam=0.5, update_first=update_first, seed=seed)
-        for seed in range(2)
-    ]
+    options = {"critic_lam": 0.5, "update_first": update_first, "adaptive_lam": adaptive_lam}
+    runs = [Run(prompts=4, responses=4, mini_batches=1, seed=seed, **options) for seed in range(2)]
     trainer = engine.Trainer(task, runs, partial(tasks.starting_model, task))
     (critics,) = trainer.critics
-    batch, _ = trainer.rollout()
+    if adaptive_lam:
+        critics.adaptive_lams = [AdaptiveLam(0.6), lambda explained: 0.1]
+    batch, metrics = trainer.rollout()
     tokens, is_response = batch["tokens"], batch["is_response"]
     assert critics.models.steps == (3 if update_first else 0)
     is_last = is_response & (is_response.flip(-1).cumsum(-1).flip(-1) == 1)
@@ -96,8 +97,11 @@ def test_critics_value_a_step_before_or_after_they_learn_from_it(update_first):
     with torch.no_grad():
         due = critics.values(tokens).unflatten(0, (2, 2))
     assert torch.equal(before, due) is not update_first
-    torch.testing.assert_close(batch["returns"], credit(runs, rewards, before, -batch["old"], is_response)[1])
-    torch.testing.assert_close(batch["advantages"], credit(runs, rewards, due, -batch["old"], is_response)[0])
+    _, returns, _, seen = credit(runs, rewards, before, -batch["old"], is_response)
+    torch.testing.assert_close(batch["returns"], returns)
+    lams = [AdaptiveLam(0.6)(seen["explained_var"][0]), 0.1] if adaptive_lam else None
+    torch.testing.assert_close(batch["advantages"], credit(runs, rewards, due, -batch["old"], is_response, lams)[0])
+    assert [run["explained_var"] for run in metrics] == pytest.approx(seen["explained_var"])
     trainer.step()
     assert critics.models.steps == (6 if update_first else 3)
 

@@ -21,6 +21,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from asyppo_verl import batch_io
+from asyppo_verl.adaptive_lam import AdaptiveLam
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage
 from asyppo_verl.critic_worker import CRITIC_ID, RESPONSES, value_field
 from asyppo_verl.inspection import decoder, token_texts
@@ -361,14 +362,20 @@ def test_a_third_signal_is_one_function_and_one_line(compose, clean, own_rules):
     assert metrics["asyppo/entropy_filtered_fraction"] == 0
 
 
-@pytest.mark.parametrize(("slope", "selects"), [(0.1, False), (0.12, True)])
-def test_tokens_are_selected_once_the_critics_explain_enough(compose, clean, slope, selects):
-    """``V = slope * R`` explains ``1 - (1 - slope)^2`` of the variance: 0.19 and 0.23, where 0.2 is needed."""
-    batch, spread = put_rows(RAGGED), torch.Generator().manual_seed(0)
-    values = {}
+def explaining(batch: KVBatchMeta, slope: float) -> dict[str, list[torch.Tensor]]:
+    """Values with the mean ``slope * R``, which explains ``1 - (1 - slope)^2`` of the variance."""
+    values, spread = {}, torch.Generator().manual_seed(0)
     for key, rewards in stored(batch, "rm_scores").items():
         apart = torch.rand(len(rewards), generator=spread)
         values[key] = [slope * rewards.sum() - apart, slope * rewards.sum() + apart]
+    return values
+
+
+@pytest.mark.parametrize(("slope", "selects"), [(0.1, False), (0.12, True)])
+def test_tokens_are_selected_once_the_critics_explain_enough(compose, clean, slope, selects):
+    """0.19 and 0.23 of the variance, where 0.2 is needed."""
+    batch = put_rows(RAGGED)
+    values = explaining(batch, slope)
     trainer = trainer_for(compose, "+asyppo.selection=asyppo_verl.selection.once_explained")
     _, metrics = step(trainer, batch, values)
     assert metrics["asyppo/explained_var"] == pytest.approx(1 - (1 - slope) ** 2, abs=1e-3)
@@ -474,6 +481,43 @@ def test_critics_that_learn_first(compose, clean, lam, critic_lam):
         if key != "asyppo/mask/return_correlation":
             assert value == expected[key], key
     assert len(trainer.critic_wg.calls) == 2, "each critic is updated once"
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_lambda_falls_as_the_critics_come_to_explain(compose, clean, first):
+    """Advantages are those of a run with that lambda, from the values that are due; the critics' targets do not change."""
+    learns_first = [f"+asyppo.update_critics_first={first}"]
+    before, after = explaining(put_rows(RAGGED), 0.05), force_values(put_rows(RAGGED), 2)
+
+    def found(critics: dict | ForcedCritics, *overrides: str) -> tuple[dict, dict, dict, AsyPPOTrainerSync]:
+        trainer = trainer_for(compose, *overrides)
+        batch, metrics = step(trainer, put_rows(RAGGED), critics)
+        return stored(batch, "advantages"), stored(batch, "returns"), metrics, trainer
+
+    critics = LearningCritics(before, after)
+    advantages, returns, metrics, trainer = found(
+        critics, "+asyppo.adaptive_lam=True", "algorithm.lam=0.9", *learns_first
+    )
+    explained = metrics["asyppo/explained_var"]
+    assert explained == pytest.approx(1 - 0.95**2, abs=1e-3)
+    assert metrics["asyppo/lam"] == pytest.approx(0.9 * (1 - explained / 0.2))
+    expected, _, fixed, _ = found(after if first else before, f"algorithm.lam={metrics['asyppo/lam']}")
+    assert fixed["asyppo/lam"] == metrics["asyppo/lam"]
+    _, targets, _, _ = found(before)
+    for key in before:
+        torch.testing.assert_close(advantages[key], expected[key])
+        assert torch.equal(returns[key], targets[key])
+    # The next step, whose values explain nothing: a running mean.
+    critics.values = critics.after = {key: [one * 0 for one in values] for key, values in before.items()}
+    _, metrics = step(trainer, put_rows(RAGGED), critics)
+    assert metrics["asyppo/explained_var"] == 0
+    assert metrics["asyppo/lam"] == pytest.approx(0.9 * (1 - 0.7 * explained / 0.2))
+
+
+def test_critics_that_explain_less_than_a_constant_leave_lambda_as_it_is():
+    lam = AdaptiveLam(0.95)
+    assert lam(-3.0) == lam(0.0) == 0.95
+    assert [AdaptiveLam(0.95)(explained) for explained in (0.2, 0.9)] == [0, 0]
 
 
 def test_without_shards_every_critic_trains_on_the_whole_batch(compose, clean):

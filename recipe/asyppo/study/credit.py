@@ -25,6 +25,7 @@ class Run(Settings):
     )
     mask_from: float | None = None  # explained variance of a step's values from which on its tokens are selected
     update_first: bool = False  # critics learn from a step before they value it, as with asyppo.update_critics_first
+    adaptive_lam: bool = False  # as asyppo.adaptive_lam
     prompts: int = 16
     responses: int = 8
     mini_batches: int = 4
@@ -85,12 +86,21 @@ def mask_score(runs: Sequence[Run], sigma_RBT: Tensor, surprisal_RBT: Tensor) ->
 
 
 def credit(
-    runs: Sequence[Run], rewards_RBT: Tensor, values_MRBT: Tensor, surprisal_RBT: Tensor, is_response_RBT: Tensor
+    runs: Sequence[Run],
+    rewards_RBT: Tensor,
+    values_MRBT: Tensor,
+    surprisal_RBT: Tensor,
+    is_response_RBT: Tensor,
+    lams: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, list[float]]]:
-    """:func:`one_page.credit` of all runs; with no critics (M = 0) it is GRPO's. The metrics have a number for every run."""
+    """:func:`one_page.credit` of all runs; with no critics (M = 0) it is GRPO's. The metrics have a number for every run.
+
+    ``lams`` take the place of the runs' own.
+    """
     if len(values_MRBT) == 0:
         return group_advantage(runs[0], rewards_RBT, is_response_RBT), rewards_RBT, is_response_RBT, {}
-    lam_R, critic_lam_R = (torch.tensor([getattr(run, name) for run in runs]) for name in ("lam", "critic_lam"))
+    lam_R = torch.tensor([run.lam for run in runs] if lams is None else lams)
+    critic_lam_R = torch.tensor([run.critic_lam for run in runs])
     value_RBT, sigma_RBT = asyppo.ensemble_value(values_MRBT)
     advantages_RBT, _ = gae(rewards_RBT, value_RBT, is_response_RBT, lam_R)
     _, returns_RBT = gae(rewards_RBT, value_RBT, is_response_RBT, critic_lam_R)

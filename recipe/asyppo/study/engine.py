@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asyppo_verl import asyppo
+from asyppo_verl.adaptive_lam import AdaptiveLam
 from recipe.asyppo import one_page
 from recipe.asyppo.one_page import Models
 from recipe.asyppo.study import tasks
@@ -51,6 +52,7 @@ class Critics:
             weights = [body | head for head in heads]
             self.models = Models(weights, [run.critic_lr for _ in range(self.M) for run in runs])
             self.is_own_SB1 = owners(runs)
+            self.adaptive_lams = [AdaptiveLam(run.lam) for run in runs]
 
     def values(self, tokens_RBL: Tensor) -> Tensor:
         """Values (M * R, B, T) of the text before each response token."""
@@ -62,8 +64,8 @@ class Critics:
             x[self.rows] for x in (tokens, old, is_response, is_right, rewards, chance)
         )
 
-        def earned(values_MRBT: Tensor) -> tuple:
-            return credit(self.runs, rewards, values_MRBT, -old, is_response)
+        def earned(values_MRBT: Tensor, lams: list[float] | None = None) -> tuple:
+            return credit(self.runs, rewards, values_MRBT, -old, is_response, lams)
 
         if self.is_oracle:
             return earned(tasks.oracle_values(self.task, is_right, chance)[None])
@@ -71,13 +73,19 @@ class Critics:
             return earned(old[None][:0])
         of_each = (self.M, len(self.runs))
         self.old_values_SBT = self.values(tokens)
-        first = earned(self.old_values_SBT.unflatten(0, of_each))
-        if not self.runs[0].update_first:
+        values_MRBT = self.old_values_SBT.unflatten(0, of_each)
+        first = earned(values_MRBT)
+        if not (self.runs[0].update_first or self.runs[0].adaptive_lam):
             return first
         _, returns, _, before = first
-        with torch.enable_grad():
-            self.learn(tokens, is_response, returns)
-        advantages, _, keep_entropy, metrics = earned(self.values(tokens).unflatten(0, of_each))
+        if self.runs[0].update_first:
+            with torch.enable_grad():
+                self.learn(tokens, is_response, returns)
+            values_MRBT = self.values(tokens).unflatten(0, of_each)
+        lams = None
+        if self.runs[0].adaptive_lam:
+            lams = [lam(explained) for lam, explained in zip(self.adaptive_lams, before["explained_var"], strict=True)]
+        advantages, _, keep_entropy, metrics = earned(values_MRBT, lams)
         return advantages, returns, keep_entropy, metrics | {"explained_var": before["explained_var"]}
 
     def learn(self, tokens: Tensor, is_response: Tensor, returns: Tensor) -> None:
@@ -95,7 +103,7 @@ class Critics:
 
 def kind(run: Run) -> tuple:
     """What runs must have in common for their critics to be stacked."""
-    return run.free_steps, run.num_critics, run.critic_size, run.is_oracle, run.update_first
+    return run.free_steps, run.num_critics, run.critic_size, run.is_oracle, run.update_first, run.adaptive_lam
 
 
 def mini_batches(run: Run) -> tuple[Tensor, ...]:

@@ -125,6 +125,9 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
             "before, both masks": replace(run, update_first=True),
             "before, lam=0.8": replace(before, lam=0.8),
             "before, lam=0": replace(before, lam=0.0),
+            "before, adaptive lam": (adaptive := replace(before, adaptive_lam=True)),
+            "before, adaptive lam, both masks": replace(run, update_first=True, adaptive_lam=True),
+            "after, adaptive lam": replace(adaptive, update_first=False),
         },
         "warmup": {f"{steps} steps": replace(run, critic_warmup=steps) for steps in (0, 2, 5, 10)},
         "critic_size": {
