@@ -1,14 +1,14 @@
 """Lambda of the advantages by what the critics know, for ``asyppo.adaptive_lam`` (ours; docs/study.md)."""
 
-ENOUGH = 0.2
-"""Explained variance of the values from which on they replace what follows a token altogether."""
+SOME, ENOUGH = 0.1, 0.3
+"""Explained variance of the values up to which lambda stays what it is, and from which on it is 0."""
 
 MEMORY = 0.7
 """Weight of the steps before this one in the running mean of the explained variance."""
 
 
 class AdaptiveLam:
-    """``lam * clip(1 - explained / ENOUGH, 0, 1)``, by the running mean of the explained variance.
+    """``lam * clip((ENOUGH - explained) / (ENOUGH - SOME), 0, 1)``, by the running mean of the explained variance.
 
     Critics that explain nothing leave ``lam`` as it is: every token of a response shares its reward. As they learn, a token
     answers less and less for what follows it.
@@ -21,4 +21,4 @@ class AdaptiveLam:
     def __call__(self, explained: float) -> float:
         """Lambda of the step whose values, before the critics' update, explain that share of the returns' variance."""
         self._mean = explained if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * explained
-        return self.lam * min(1.0, max(0.0, 1 - self._mean / ENOUGH))
+        return self.lam * min(1.0, max(0.0, (ENOUGH - self._mean) / (ENOUGH - SOME)))

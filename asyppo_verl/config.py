@@ -145,7 +145,8 @@ class AsyPPOConfig:
     for the targets, the clipping and the metrics of the critics, and after, for the advantages and selections (ours)."""
 
     adaptive_lam: bool = False
-    """The lambda of the advantages falls from ``algorithm.lam`` to 0 as the critics' explained variance rises to 0.2 (ours)."""
+    """The lambda of the advantages falls from ``algorithm.lam`` to 0 as the critics' explained variance rises from 0.1 to 0.3
+    (ours)."""
 
     selection: str = "asyppo_verl.asyppo.select_tokens"
     """The function that makes both selections of a step, ``package.module.function``; the place for a rule of one's own

@@ -487,7 +487,7 @@ def test_critics_that_learn_first(compose, clean, lam, critic_lam):
 def test_the_lambda_falls_as_the_critics_come_to_explain(compose, clean, first):
     """Advantages are those of a run with that lambda, from the values that are due; the critics' targets do not change."""
     learns_first = [f"+asyppo.update_critics_first={first}"]
-    before, after = explaining(put_rows(RAGGED), 0.05), force_values(put_rows(RAGGED), 2)
+    before, after = explaining(put_rows(RAGGED), 0.1), force_values(put_rows(RAGGED), 2)
 
     def found(critics: dict | ForcedCritics, *overrides: str) -> tuple[dict, dict, dict, AsyPPOTrainerSync]:
         trainer = trainer_for(compose, *overrides)
@@ -499,8 +499,8 @@ def test_the_lambda_falls_as_the_critics_come_to_explain(compose, clean, first):
         critics, "+asyppo.adaptive_lam=True", "algorithm.lam=0.9", *learns_first
     )
     explained = metrics["asyppo/explained_var"]
-    assert explained == pytest.approx(1 - 0.95**2, abs=1e-3)
-    assert metrics["asyppo/lam"] == pytest.approx(0.9 * (1 - explained / 0.2))
+    assert explained == pytest.approx(1 - 0.9**2, abs=1e-3)
+    assert metrics["asyppo/lam"] == pytest.approx(0.9 * (0.3 - explained) / 0.2)
     expected, _, fixed, _ = found(after if first else before, f"algorithm.lam={metrics['asyppo/lam']}")
     assert fixed["asyppo/lam"] == metrics["asyppo/lam"]
     _, targets, _, _ = found(before)
@@ -511,13 +511,13 @@ def test_the_lambda_falls_as_the_critics_come_to_explain(compose, clean, first):
     critics.values = critics.after = {key: [one * 0 for one in values] for key, values in before.items()}
     _, metrics = step(trainer, put_rows(RAGGED), critics)
     assert metrics["asyppo/explained_var"] == 0
-    assert metrics["asyppo/lam"] == pytest.approx(0.9 * (1 - 0.7 * explained / 0.2))
+    assert metrics["asyppo/lam"] == pytest.approx(0.9 * (0.3 - 0.7 * explained) / 0.2)
 
 
 def test_critics_that_explain_less_than_a_constant_leave_lambda_as_it_is():
     lam = AdaptiveLam(0.95)
-    assert lam(-3.0) == lam(0.0) == 0.95
-    assert [AdaptiveLam(0.95)(explained) for explained in (0.2, 0.9)] == [0, 0]
+    assert lam(-3.0) == lam(0.1) == 0.95
+    assert [AdaptiveLam(0.95)(explained) for explained in (0.3, 0.9)] == [0, 0]
 
 
 def test_without_shards_every_critic_trains_on_the_whole_batch(compose, clean):

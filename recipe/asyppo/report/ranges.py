@@ -97,6 +97,11 @@ METRICS = [
         advice=LEARN_MORE,
     ),
     Metric(
+        "asyppo/lam",
+        "lambda of the advantages",
+        note="`algorithm.lam`; with `asyppo.adaptive_lam` it falls to 0 as `asyppo/explained_var` rises from 0.1 to 0.3",
+    ),
+    Metric(
         "asyppo/sigma/mean",
         "mean over response tokens of the standard deviation across critics",
         low=0,
