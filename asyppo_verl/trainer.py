@@ -152,43 +152,55 @@ class AsyPPOMixin(_Base):
         # 3. GAE on the mean.
         with self._adv_estimator("gae"):
             batch = super()._compute_advantage(batch, metrics)
-        responses = batch_io.fetch(batch, "response_mask", "returns")
-        is_response_N, returns_N = responses["response_mask"].bool(), responses["returns"]
-        batch_checks.check_returns(returns_N, is_response_N, responses.keys, responses.offsets, self.global_steps)
-        if self.asyppo.critic_lam != self.config.algorithm.lam:
+        responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
+        is_response_N = responses["response_mask"].bool()
+        batch_checks.check_returns(
+            responses["returns"], is_response_N, responses.keys, responses.offsets, self.global_steps
+        )
+        lam = self.config.algorithm.lam
+        if self.asyppo.critic_lam != lam:
             _, returns_N = self._gae(batch, value_N, self.asyppo.critic_lam)
-            batch.fields = batch_io.store(batch, responses, returns=returns_N)
-        metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, returns_N, is_response_N))
-        metrics["asyppo/lam"] = lam = self.config.algorithm.lam
-        if self.asyppo.adaptive_lam:
-            metrics["asyppo/lam"] = self._adaptive_lam(metrics["asyppo/explained_var"])
+            self._change(batch, responses, returns=returns_N)
+        metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, responses["returns"], is_response_N))
+        explained = metrics["asyppo/explained_var"]
+        metrics["asyppo/lam"] = self._adaptive_lam(explained) if self.asyppo.adaptive_lam else lam
         if self.asyppo.update_critics_first:
             return batch
         if metrics["asyppo/lam"] != lam:
-            self._store_advantages(batch, value_N, metrics["asyppo/lam"])
-        return self._apply_selections(batch, values_MN, value_N, sigma_N, metrics)
+            advantages_N, _ = self._gae(batch, value_N, metrics["asyppo/lam"])
+            self._change(batch, responses, advantages=advantages_N)
+        return self._apply_selections(batch, responses, values_MN, value_N, sigma_N, metrics)
 
     def _compute_advantage_again(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """The advantages, with the values of critics that have learned from the batch; their targets stay what they were."""
         self._critics.start_evaluation(batch, self._actor_ranks)
         self._critics.finish_evaluation()
         values_MN, value_N, sigma_N = self._ensemble_value(batch)
-        self._store_advantages(batch, value_N, metrics["asyppo/lam"])
-        return self._apply_selections(batch, values_MN, value_N, sigma_N, metrics)
+        advantages_N, _ = self._gae(batch, value_N, metrics["asyppo/lam"])
+        responses = batch_io.fetch(batch, "response_mask", "returns")
+        self._change(batch, responses, advantages=advantages_N)
+        return self._apply_selections(batch, responses, values_MN, value_N, sigma_N, metrics)
 
-    def _store_advantages(self, batch: KVBatchMeta, value_N: Tensor, lam: float) -> None:
-        advantages_N, _ = self._gae(batch, value_N, lam)
-        batch_io.store(batch, batch_io.fetch(batch, "response_mask"), advantages=advantages_N)
+    @staticmethod
+    def _change(batch: KVBatchMeta, responses: batch_io.Responses, **fields_N: Tensor) -> None:
+        """Put these fields in the place of those that are stored, and of those at hand."""
+        batch.fields = batch_io.store(batch, responses, **fields_N)
+        responses.fields.update(fields_N)
 
     @functools.cached_property
     def _adaptive_lam(self) -> AdaptiveLam:
         return AdaptiveLam(self.config.algorithm.lam)
 
     def _apply_selections(
-        self, batch: KVBatchMeta, values_MN: Tensor, value_N: Tensor, sigma_N: Tensor, metrics: dict
+        self,
+        batch: KVBatchMeta,
+        responses: batch_io.Responses,
+        values_MN: Tensor,
+        value_N: Tensor,
+        sigma_N: Tensor,
+        metrics: dict,
     ) -> KVBatchMeta:
         """Steps 4 and 5."""
-        responses = batch_io.fetch(batch, "response_mask", "advantages", "returns")
         advantages_N, returns_N = responses["advantages"], responses["returns"]
         is_response_N = responses["response_mask"].bool()
         # 4. The two selections.
