@@ -6,6 +6,9 @@ SOME, ENOUGH = 0.1, 0.3
 MEMORY = 0.7
 """Weight of the steps before this one in the running mean of the explained variance."""
 
+WORST = -1.0
+"""Explained variance that lower ones count as: a step of nearly equal returns can be thousands below 0."""
+
 
 class AdaptiveLam:
     """``lam * clip((ENOUGH - explained) / (ENOUGH - SOME), 0, 1)``, by the running mean of the explained variance.
@@ -20,5 +23,6 @@ class AdaptiveLam:
 
     def __call__(self, explained: float) -> float:
         """Lambda of the step whose values, before the critics' update, explain that share of the returns' variance."""
+        explained = max(explained, WORST)
         self._mean = explained if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * explained
         return self.lam * min(1.0, max(0.0, (ENOUGH - self._mean) / (ENOUGH - SOME)))

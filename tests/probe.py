@@ -7,6 +7,7 @@
   older checkpoints has been removed ("removal"). The session to kill is in ``PROBE_DIR/session``.
 """
 
+import contextlib
 import io
 import itertools
 import os
@@ -58,9 +59,12 @@ def _write_step(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _kill() -> None:
-    for process in of_session(int((FOLDER / "session").read_text())):
-        if process != os.getpid():
-            os.kill(process, signal.SIGKILL)
+    """Again until none is left: some end by themselves when another is gone, and some have just been forked."""
+    session = int((FOLDER / "session").read_text())
+    while others := of_session(session).keys() - {os.getpid()}:
+        for process in others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -161,7 +161,6 @@ def test_a_reward_model_and_other_options_train_together(root, toy, tmp_path):
         "algorithm.lam=0.95",
         "+asyppo.critic_lam=0.9",
         "+asyppo.update_critics_first=True",
-        "+asyppo.adaptive_lam=True",
         "trainer.total_training_steps=2",
         "trainer.save_freq=-1",
     )
@@ -185,7 +184,6 @@ def test_a_reward_model_and_other_options_train_together(root, toy, tmp_path):
         assert all(step_metrics[f"asyppo/critic_{m}/grad_norm"] > 0 for m in range(2))
         # The values that the advantages are of come from critics that have seen the rewards.
         assert step_metrics["asyppo/explained_var"] < step_metrics["critic/vf_explained_var"]
-        assert step_metrics["asyppo/lam"] == 0.95, "lambda falls only for critics that explain something"
 
 
 def make_judge(toy: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from test_recipe import environment, recorded, validated
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from asyppo_verl.critic_settings import read_config
-from recipe.asyppo.toy.make_spelling import LONGEST, Settings, Spelling, make, sample
+from recipe.asyppo.toy.make_spelling import LONGEST, Settings, Spelling, main, make, sample
 from recipe.asyppo.toy.make_toy import build_tokenizer
 from recipe.asyppo.toy.toy_reward import compute_score
 
@@ -71,13 +71,24 @@ def test_each_critic_is_a_value_model_with_a_head_of_its_own(spelling):
     assert not torch.equal(*heads)
 
 
-def test_critics_without_graded_answers_are_language_models_that_have_read_the_text(tmp_path):
-    make(tmp_path / "task", replace(SMALL, answers=0, critic_steps=2))
-    models = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / "task" / name) for name in ("actor", "critic", "critic_1")
-    ]
-    actor, *critics = (model.get_input_embeddings().weight for model in models)
-    assert critics[0].shape[1] < actor.shape[1] and not torch.equal(*critics)
+def test_critics_without_graded_answers_are_language_models_that_have_read_the_text(task, tmp_path):
+    losses = []
+    for steps in (2, 40):
+        folder = tmp_path / str(steps)
+        make(folder, replace(SMALL, answers=0, critic_steps=steps))
+        critics = [AutoModelForCausalLM.from_pretrained(folder / name) for name in ("critic", "critic_1")]
+        assert all(critic.config.architectures == ["Qwen3ForCausalLM"] for critic in critics)
+        assert not torch.equal(*(critic.get_input_embeddings().weight for critic in critics))
+        text = torch.cat([task.prompts, task.answers], 1)
+        losses.append([float(critic(text, labels=text).loss.detach()) for critic in critics])
+    assert max(losses[1]) < 0.9 * min(losses[0])
+
+
+def test_another_number_of_answers_is_not_taken_for_that_of_the_folder(spelling, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["make_spelling", str(spelling), "--answers", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "have seen 64 answers, not --answers 0" in capsys.readouterr().err
 
 
 def test_the_script_gives_every_critic_its_folder(root, toy, spelling, tmp_path):

@@ -454,17 +454,17 @@ def test_the_critics_own_lambda_changes_only_their_target(compose, clean):
     assert any(not torch.allclose(found[1.0][1][key], found[0.5][1][key]) for key in values)
 
 
-@pytest.mark.parametrize(("lam", "critic_lam"), [(1.0, 1.0), (0.9, 0.9), (1.0, 0.5)])
-def test_critics_that_learn_first(compose, clean, lam, critic_lam):
+@pytest.mark.parametrize(("num_critics", "lam", "critic_lam"), [(2, 1.0, 1.0), (1, 0.9, 0.9), (2, 1.0, 0.5)])
+def test_critics_that_learn_first(compose, clean, num_critics, lam, critic_lam):
     """Their targets and metrics are those of the values before, advantages and selections those of the values after."""
     given = [f"algorithm.lam={lam}", f"+asyppo.critic_lam={critic_lam}", "algorithm.gamma=0.99"]
-    given += ["actor_rollout_ref.actor.entropy_coeff=0.1"]
-    before, after = (force_values(put_rows(RAGGED), 2, seed) for seed in (1, 2))
+    given += ["actor_rollout_ref.actor.entropy_coeff=0.1", f"+asyppo.num_critics={num_critics}"]
+    before, after = (force_values(put_rows(RAGGED), num_critics, seed) for seed in (1, 2))
 
     def found(critics: dict | ForcedCritics, *overrides: str) -> tuple[dict[str, dict], dict, AsyPPOTrainerSync]:
         trainer = trainer_for(compose, *given, *overrides)
         batch, metrics = step(trainer, put_rows(RAGGED), critics)
-        fields = ("values", "advantages", "returns", batch_io.KEEP_ENTROPY, *map(value_field, range(2)))
+        fields = ("values", "advantages", "returns", batch_io.KEEP_ENTROPY, *map(value_field, range(num_critics)))
         return {field: stored(batch, field) for field in fields}, metrics, trainer
 
     learned, metrics, trainer = found(LearningCritics(before, after), "+asyppo.update_critics_first=True")
@@ -480,7 +480,7 @@ def test_critics_that_learn_first(compose, clean, lam, critic_lam):
         expected = metrics_after if key.startswith(of_after) else metrics_before
         if key != "asyppo/mask/return_correlation":
             assert value == expected[key], key
-    assert len(trainer.critic_wg.calls) == 2, "each critic is updated once"
+    assert len(trainer.critic_wg.calls) == num_critics, "each critic is updated once"
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -515,8 +515,10 @@ def test_the_lambda_falls_as_the_critics_come_to_explain(compose, clean, first):
 
 
 def test_critics_that_explain_less_than_a_constant_leave_lambda_as_it_is():
+    """And a step of equal returns, whose explained variance is no number to average, is soon forgotten."""
     lam = AdaptiveLam(0.95)
-    assert lam(-3.0) == lam(0.1) == 0.95
+    assert lam(-1e4) == lam(0.1) == 0.95
+    assert [lam(0.5) for _ in range(8)][-1] == 0
     assert [AdaptiveLam(0.95)(explained) for explained in (0.3, 0.9)] == [0, 0]
 
 

@@ -92,10 +92,11 @@ def credit(
     surprisal_RBT: Tensor,
     is_response_RBT: Tensor,
     lams: Sequence[float] | None = None,
+    explained: list[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, list[float]]]:
     """:func:`one_page.credit` of all runs; with no critics (M = 0) it is GRPO's. The metrics have a number for every run.
 
-    ``lams`` take the place of the runs' own.
+    ``lams`` take the place of the runs' own, ``explained`` that of what the values explain (before their critics learned).
     """
     if len(values_MRBT) == 0:
         return group_advantage(runs[0], rewards_RBT, is_response_RBT), rewards_RBT, is_response_RBT, {}
@@ -104,7 +105,7 @@ def credit(
     value_RBT, sigma_RBT = asyppo.ensemble_value(values_MRBT)
     advantages_RBT, _ = gae(rewards_RBT, value_RBT, is_response_RBT, lam_R)
     _, returns_RBT = gae(rewards_RBT, value_RBT, is_response_RBT, critic_lam_R)
-    metrics = {"explained_var": explained_variance(value_RBT, rewards_RBT, is_response_RBT).tolist()}
+    metrics = {"explained_var": explained or explained_variance(value_RBT, rewards_RBT, is_response_RBT).tolist()}
     if len(values_MRBT) == 1:
         return advantages_RBT, returns_RBT, is_response_RBT, metrics
     selects = [

@@ -64,8 +64,8 @@ class Critics:
             x[self.rows] for x in (tokens, old, is_response, is_right, rewards, chance)
         )
 
-        def earned(values_MRBT: Tensor, lams: list[float] | None = None) -> tuple:
-            return credit(self.runs, rewards, values_MRBT, -old, is_response, lams)
+        def earned(values_MRBT: Tensor, *given: list[float] | None) -> tuple:
+            return credit(self.runs, rewards, values_MRBT, -old, is_response, *given)
 
         if self.is_oracle:
             return earned(tasks.oracle_values(self.task, is_right, chance)[None])
@@ -77,16 +77,16 @@ class Critics:
         first = earned(values_MRBT)
         if not (self.runs[0].update_first or self.runs[0].adaptive_lam):
             return first
-        _, returns, _, before = first
+        _, returns, _, metrics = first
         if self.runs[0].update_first:
             with torch.enable_grad():
                 self.learn(tokens, is_response, returns)
             values_MRBT = self.values(tokens).unflatten(0, of_each)
-        lams = None
+        explained, lams = metrics["explained_var"], None
         if self.runs[0].adaptive_lam:
-            lams = [lam(explained) for lam, explained in zip(self.adaptive_lams, before["explained_var"], strict=True)]
-        advantages, _, keep_entropy, metrics = earned(values_MRBT, lams)
-        return advantages, returns, keep_entropy, metrics | {"explained_var": before["explained_var"]}
+            lams = [lam(share) for lam, share in zip(self.adaptive_lams, explained, strict=True)]
+        advantages, _, keep_entropy, metrics = earned(values_MRBT, lams, explained)
+        return advantages, returns, keep_entropy, metrics
 
     def learn(self, tokens: Tensor, is_response: Tensor, returns: Tensor) -> None:
         """Several passes over these runs' responses of a step; nothing without critics."""

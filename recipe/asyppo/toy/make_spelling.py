@@ -1,7 +1,8 @@
 """Make the demo's task: spell three digits, "407=" -> "four zero seven". Actor, two mini-critics and data, in 1 to 3 minutes.
 
 The actor learns from a text in which every other answer was typed without care, so it makes mistakes, which can be seen as
-soon as they are made. Each critic sees graded answers of that actor before the run (value pre-training): answers of its own,
+soon as they are made. Each critic sees graded answers of that actor before the run (value pre-training; not with
+``--answers 0``): answers of its own,
 sampled here, from which it learns what they will be worth and, for its body, how they go on. The critics have nothing in
 common, neither weights nor data: with a common body they agree where they know nothing, at the start of a response, and the
 masks would take those tokens.
@@ -172,9 +173,13 @@ def main() -> None:
         "--answers", type=int, default=Settings.answers, help="graded ones that each critic sees before"
     )
     options = parser.parse_args()
-    folder = options.folder
-    if not (folder / "made.json").exists():
+    folder, made = options.folder, options.folder / "made.json"
+    if not made.exists():
         make(folder, Settings(answers=options.answers))
+    elif (answers := json.loads(made.read_text())["answers"]) != options.answers:
+        parser.error(
+            f"the critics in {folder} have seen {answers} answers, not --answers {options.answers}; name another folder"
+        )
     print(f"the task is in {folder}")
 
 
