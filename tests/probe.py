@@ -59,12 +59,20 @@ def _write_step(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _kill() -> None:
-    """Again until none is left: some end by themselves when another is gone, and some have just been forked."""
+    """Again until none is left, since some have just been forked; the raylet at last, without which this process would end."""
     session = int((FOLDER / "session").read_text())
-    while others := of_session(session).keys() - {os.getpid()}:
-        for process in others:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+
+    def others(with_raylet: bool) -> list[int]:
+        found = {process: command for process, command in of_session(session).items() if process != os.getpid()}
+        return [
+            process for process, command in found.items() if with_raylet or "raylet/raylet" not in command.split(" ")[0]
+        ]
+
+    for with_raylet in (False, True):
+        while found := others(with_raylet):
+            for process in found:
+                with contextlib.suppress(ProcessLookupError):  # ended with another one
+                    os.kill(process, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
