@@ -1,11 +1,10 @@
 """Make the demo's task: spell three digits, "407=" -> "four zero seven". Actor, two mini-critics and data, in 1 to 3 minutes.
 
 The actor learns from a text in which every other answer was typed without care, so it makes mistakes, which can be seen as
-soon as they are made. Each critic sees graded answers of that actor before the run (value pre-training; not with
-``--answers 0``): answers of its own,
-sampled here, from which it learns what they will be worth and, for its body, how they go on. The critics have nothing in
-common, neither weights nor data: with a common body they agree where they know nothing, at the start of a response, and the
-masks would take those tokens.
+soon as they are made. Each critic sees graded answers of that actor before the run (value pre-training; with ``--answers 0``
+it has read the text instead): answers of its own, sampled here, from which it learns what they will be worth and, for its
+body, how they go on. The critics have nothing in common, neither weights nor data: with a common body they agree where they
+know nothing, at the start of a response, and the masks would take those tokens.
 """
 
 import argparse
