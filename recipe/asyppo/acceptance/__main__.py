@@ -17,6 +17,7 @@ from typing import Any
 
 from recipe.asyppo.acceptance.runs import ROOT, Machine, Recipe, make
 
+ALGORITHMS = ["asyppo", "ppo", "grpo"]
 PHASES = ["gen", "old_log_prob", "values", "update_critic", "update_actor", "step"]
 
 
@@ -102,7 +103,7 @@ def check_recipe(folder: Path, machine: Machine, algorithm: str, check: Checks) 
     tokens = {"LOG_PROB_TOKENS": machine.log_prob_tokens, "CRITIC_TOKENS": machine.log_prob_tokens}
     variables: dict[str, Any] = {
         "ALGO": algorithm,
-        "PROMPTS": 4,
+        "PROMPTS": machine.prompts,
         "MAX_PROMPT": 256,
         "MAX_RESPONSE": machine.response,
         **tokens,
@@ -130,7 +131,7 @@ def planned_peak(folder: Path, machine: Machine, algorithm: str) -> float:
     tokens = {"actor-tokens": machine.tokens, "log-prob-tokens": machine.log_prob_tokens}
     tokens |= {"critic-tokens": machine.log_prob_tokens, "value-tokens": machine.log_prob_tokens}
     models = {"actor": folder / "actor", "critic": folder / "critic"}
-    options = {"gpus": 1, "prompts": 4, "responses": 8, **lengths, **tokens, **models}
+    options = {"gpus": 1, "prompts": machine.prompts, "responses": 8, **lengths, **tokens, **models}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     plan = subprocess.check_output([sys.executable, "-m", "recipe.asyppo.plan", "--json", *arguments], text=True)
     phases = json.loads(plan)["algorithms"][algorithm]["phases_gib"]
@@ -138,22 +139,20 @@ def planned_peak(folder: Path, machine: Machine, algorithm: str) -> float:
 
 
 def compare(folder: Path, machine: Machine, report: dict[str, Any]) -> dict[str, Any]:
-    """Print phases, peaks and ratios of AsyPPO and GRPO side by side; returns what of it is new."""
-    runs = {name: report[name] for name in ("asyppo", "grpo")}
-    print(f"\n{'seconds of a step (medians)':<32}{'asyppo':>10}{'grpo':>10}")
+    """Print phases, peaks and ratios to GRPO of the algorithms that were run; returns what of it is new."""
+    runs = {name: report[name] for name in ALGORITHMS if report.get(name)}
+    print(f"\n{'seconds of a step (medians)':<42}" + "".join(f"{name:>10}" for name in runs))
     for phase in PHASES:
-        print(f"  {phase:<30}" + "".join(f"{run['phases'][phase]:>10.2f}" for run in runs.values()))
+        print(f"  {phase:<40}" + "".join(f"{run['phases'][phase]:>10.2f}" for run in runs.values()))
     step = {name: run["phases"]["step"] for name, run in runs.items()}
     training = {name: step[name] - run["phases"]["gen"] for name, run in runs.items()}
-    ratios = {
-        "asyppo_over_grpo": step["asyppo"] / step["grpo"],
-        "asyppo_over_grpo_without_generation": training["asyppo"] / training["grpo"],
-    }
-    for name, ratio in ratios.items():
-        print(f"  {name:<40}{ratio:>12.3f}")
+    ratios: dict[str, float] = {}
+    for kind, seconds in (("over_grpo", step), ("over_grpo_without_generation", training)):
+        ratios |= {f"{name}_{kind}": seconds[name] / seconds["grpo"] for name in runs if name != "grpo"}
+        print(f"  {kind:<40}" + "".join(f"{ratios.get(f'{name}_{kind}', 1.0):>10.3f}" for name in runs))
     planned = {name: planned_peak(folder, machine, name) for name in runs}
-    print(f"{'GiB of the trainer at its peak':<32}" + "".join(f"{run['peak_gib']:>10.1f}" for run in runs.values()))
-    print(f"{'  planned':<32}" + "".join(f"{peak:>10.1f}" for peak in planned.values()) + "\n")
+    print(f"{'GiB of the trainer at its peak':<42}" + "".join(f"{run['peak_gib']:>10.1f}" for run in runs.values()))
+    print(f"{'  planned':<42}" + "".join(f"{peak:>10.1f}" for peak in planned.values()) + "\n")
     return ratios | {"planned_peak_gib": planned}
 
 
@@ -161,6 +160,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="accept_gpu.sh")
     parser.add_argument(
         "folder", type=Path, nargs="?", default=ROOT / "runs/accept_gpu", help="default: runs/accept_gpu"
+    )
+    parser.add_argument(
+        "--ppo", action="store_true", help="symmetric PPO too, if the card holds a second 4B: three minutes"
     )
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -173,10 +175,13 @@ def main() -> None:
     start, check = time.monotonic(), Checks()
     folder.mkdir(parents=True, exist_ok=True)
     # In a process of its own, which holds no memory of the GPU afterwards.
-    subprocess.run([sys.executable, "-m", "recipe.asyppo.acceptance", str(folder), "--make"], check=True)
-    check_doctor(folder, check)
+    command = [sys.executable, "-m", "recipe.asyppo.acceptance", str(folder), "--make"]
+    with subprocess.Popen(command) as making:
+        check_doctor(folder, check)
+    if making.returncode:
+        raise SystemExit(f"accept_gpu: making models and data failed with exit code {making.returncode}")
     report: dict[str, Any] = {"card": machine.name, "toy": check_toy(folder, machine, check)}
-    for algorithm in ("asyppo", "grpo"):
+    for algorithm in ["asyppo", "grpo", *(["ppo"] if arguments.ppo else [])]:
         report[algorithm] = check_recipe(folder, machine, algorithm, check)
     if report["asyppo"] and report["grpo"]:
         report |= compare(folder, machine, report)

@@ -66,10 +66,10 @@ class Machine:
                 raise SystemExit(f"accept_gpu: {self.name} has {self.gib:.0f} GiB; the smallest runs need {min(CARDS)}")
         least = max((gib for gib in CARDS if gib <= self.gib), default=0)
         self.models, self.tokens, self.log_prob_tokens = CARDS.get(least, (TINY, 4096, 4096))
-        self.response = 1024 if least else 16
-        self.steps = 3
+        # Of the recipe's runs. Many short responses are generated sooner than few long ones.
+        self.prompts, self.response, self.steps = (8, 512, 3) if least else (4, 16, 3)
         # Steps of the toy, of them up to a checkpoint, and up to SIGKILL; prompts of a step.
-        self.toy_steps, self.toy_save, self.toy_kill, self.toy_prompts = (12, 5, 7, 64) if least else (6, 2, 3, 16)
+        self.toy_steps, self.toy_save, self.toy_kill, self.toy_prompts = (10, 4, 5, 32) if least else (6, 2, 3, 16)
 
 
 def make(folder: Path, machine: Machine) -> None:
