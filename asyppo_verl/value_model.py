@@ -1,5 +1,6 @@
 """Value models: the attention implementation that the configuration asks for, and a value head in float32."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,21 @@ def compile_layers(module: Any) -> None:
     repeated = set(getattr(module, "_fsdp_wrapped_module", module)._no_split_modules)
     for layer in module.modules():
         if repeated & {cls.__name__ for cls in type(layer).__mro__}:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.forward = _for_one_kind_of_input(torch.compile(layer.forward, dynamic=True))
+
+
+def _for_one_kind_of_input(forward: Callable) -> Callable:
+    """Hand hidden states to a compiled layer as a view, and in an evaluation without gradients.
+
+    They come as a view from FSDP and as none when a checkpoint is recomputed, and the embedding's ask for gradients in an
+    evaluation too: each kind would be compiled for by itself, twice the work.
+    """
+
+    def one_kind(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_trained = torch.is_grad_enabled()
+        return forward(hidden_BTD.view_as(hidden_BTD) if is_trained else hidden_BTD.detach(), *args, **kwargs)
+
+    return one_kind
 
 
 def install(model_module: Any) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AttentionInterface, AutoModelForTokenClassification, Qwen3Config, modeling_utils
 from transformers.utils import is_flash_attn_2_available
 
-from asyppo_verl import packed_attention
+from asyppo_verl import packed_attention, value_model
 
 KERNELS = {
     "attention": r"flash|fmha|attention|sdpa|softmax",
@@ -73,10 +73,8 @@ def prepared(model: Any, case: Case) -> Any:
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, swiglu=True)
     if "nockpt" not in options:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if {"compile", "static"} & options:
-        for layer in model.model.layers:
-            # The forward alone, so that the hooks of FSDP and the checkpointing around it stay as they are.
-            layer.forward = torch.compile(layer.forward, dynamic="static" not in options)
+    if "compile" in options:
+        value_model.compile_layers(model)
     if "head" in options:
         model.score.register_forward_pre_hook(lambda _, args: (args[0].unflatten(-2, (-1, length))[..., PROMPT:, :],))
     if {"bounds", "varlen", "each", "cudnn", "stack"} & options:
