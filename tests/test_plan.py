@@ -371,7 +371,7 @@ def test_seconds_by_hand():
     """A forward pass of one token of 0.6B on an H100: matrices at 0.75 of the peak, then 28 layers of norms and the like."""
     one = cost.Pass(read_model("0.6b").as_critic(), "forward", 1)
     matrices = 2 * 28 * (2 * 1024 * (2048 + 1024) + 3 * 1024 * 3072) + 2 * 1024
-    moved = 28 * (1024 + 3072 + 2048 + 1024) * 75
+    moved = 28 * (1024 + 3072 + 2048 + 1024) * 112
     assert one.seconds(1, 0, settings()) == pytest.approx(matrices / 0.75 / 989.4e12 + moved / 3.35e12)
     attention = 2 * 28 * 2048 / 0.3 / 989.4e12  # of one pair of positions
     assert one.seconds(0, 1, settings()) == pytest.approx(attention)

@@ -24,10 +24,10 @@ TINY = {
 }
 SMALL_CRITIC = Model("0.05b", 151_936, 256, 768, 8, 4, 4, 64, tied=True)
 CARDS = {
-    # GiB of a card: models of the recipe's run, and tokens of a micro-batch to train on and to evaluate
-    120: ({"actor": BUILT_IN["4b"], "critic": BUILT_IN["0.6b"]}, 9216, 18_432),
-    70: ({"actor": BUILT_IN["1.7b"], "critic": BUILT_IN["0.6b"]}, 9216, 18_432),
-    20: ({"actor": BUILT_IN["0.6b"], "critic": SMALL_CRITIC}, 2560, 5120),
+    # GiB of a card: models of the recipe's run, and tokens of a micro-batch to train the actor on
+    120: ({"actor": BUILT_IN["4b"], "critic": BUILT_IN["0.6b"]}, 9216),
+    70: ({"actor": BUILT_IN["1.7b"], "critic": BUILT_IN["0.6b"]}, 9216),
+    20: ({"actor": BUILT_IN["0.6b"], "critic": SMALL_CRITIC}, 2560),
 }
 # One GPU has few cores: one process of each kind, and logical CPUs for all of them.
 FEW_PROCESSES = [
@@ -65,9 +65,9 @@ class Machine:
             if self.gib < min(CARDS):
                 raise SystemExit(f"accept_gpu: {self.name} has {self.gib:.0f} GiB; the smallest runs need {min(CARDS)}")
         least = max((gib for gib in CARDS if gib <= self.gib), default=0)
-        self.models, self.tokens, self.log_prob_tokens = CARDS.get(least, (TINY, 4096, 4096))
+        self.models, self.actor_tokens = CARDS.get(least, (TINY, 4096))
         # Of the recipe's runs. Many short responses are generated sooner than few long ones.
-        self.prompts, self.response, self.steps = (8, 512, 3) if least else (4, 16, 3)
+        self.prompts, self.response, self.steps = (8, 256, 3) if least else (4, 16, 3)
         # Steps of the toy, of them up to a checkpoint, and up to SIGKILL; prompts of a step.
         self.toy_steps, self.toy_save, self.toy_kill, self.toy_prompts = (10, 4, 5, 32) if least else (6, 2, 3, 16)
 
@@ -110,7 +110,8 @@ class Recipe:
             "TEST_FREQ": -1,
             "GPU_MEMORY_UTILIZATION": 0.25,
         }
-        common |= {"PYTHON": sys.executable, "RUN_DIR": self.run_dir}
+        common |= {"PYTHON": sys.executable, "RUN_DIR": self.run_dir, "FAST_START": 1}
+        common |= {"TORCHINDUCTOR_CACHE_DIR": folder / "compiled"}  # for the resumed run, too
         self.environment = os.environ | {key: str(value) for key, value in {**common, **variables}.items()}
         few = [] if os.environ.get("VERL_PLATFORM") == "cpu" else FEW_PROCESSES
         self.command = ["bash", str(SCRIPT), *few, *overrides]
@@ -118,8 +119,8 @@ class Recipe:
         shutil.rmtree(self.run_dir, ignore_errors=True)
         self.log.unlink(missing_ok=True)
 
-    def run(self, limit: float, kill_after: int | None = None) -> int | None:
-        """Run to the end, or kill all its processes after a step; returns the exit code, None if it was killed."""
+    def run(self, kill_after: int | None = None, limit: float = 600) -> int | None:
+        """Run to the end, or kill all processes after a step or ``limit`` seconds; returns the exit code, None if killed."""
         start, before = time.monotonic(), len(self.steps())
         with open(self.log, "a") as log:
             script = subprocess.Popen(

@@ -8,9 +8,14 @@ from recipe.asyppo.plan.settings import Settings
 
 CRITIC_PARTS = ("values", "critic update")
 
-TRAFFIC = {"forward": 75, "training": 350}
+TRAFFIC = {
+    "verl": {"forward": 112, "training": 520},
+    "packed": {"forward": 75, "training": 370},
+    "compiled": {"forward": 15, "training": 115},
+}
 """Bytes a token, layer and unit of width that norms, rotary embedding, activations and residuals move: small models, whose
-matrix products are short, wait for them."""
+matrix products are short, wait for them. As verl builds models; mini-critics, which look for the bounds of packed sequences
+once a micro-batch; mini-critics whose layers are compiled."""
 
 ASSUMPTIONS = (
     "Work: 2 operations a matrix element and token in a forward, 4 in a backward, 2 more for the layers' recomputation "
@@ -18,8 +23,10 @@ ASSUMPTIONS = (
     "Every sequence has the mean length; a spread of lengths raises the attention part.",
     "A mini-critic evaluates every response, and trains on 1/M of them in each epoch.",
     "Seconds of training = matrix products at matrix_use of the peak + attention at attention_use of it + memory traffic of "
-    "what goes element by element, a layer and token: 75 bytes in a forward, 350 in an update, for each of hidden + MLP + query "
-    "+ key. Fitted to critics of 0.6B, 1.7B and 4B on one H200 (benchmarks/plan_error.py); communication is taken as hidden.",
+    "what goes element by element, a layer and token, for each of hidden + MLP + query + key: 112 bytes in a forward and 520 in "
+    "an update as verl builds models, 15 and 115 in compiled mini-critics (75 and 370 where they are not). Fitted to 0.6B, 1.7B "
+    "and 4B on one H200 (benchmarks/plan_error.py). Communication is taken as hidden; what a call of the trainer takes "
+    "whatever the batch, 0.1 to 0.2 s there, is left out.",
     "Seconds of generation are a rough estimate: weights are read once a decoding step, every token's cache at half of its "
     "final length on average; a step takes at least as many decoding steps as the longest response has tokens.",
 )
@@ -33,6 +40,8 @@ class Pass:
     kind: str
     """``forward`` or ``training``"""
     times: float
+    built: str = "verl"
+    """A key of :data:`TRAFFIC`."""
 
     def flops(self, tokens: float, squares: float) -> float:
         """Operations; see :class:`Model` for the arguments, which are those of the batch."""
@@ -44,7 +53,7 @@ class Pass:
         machine, model = settings.machine, self.model
         products = self.flops(tokens, 0) / settings.matrix_use + self.flops(0, squares) / settings.attention_use
         width = model.hidden + model.intermediate + model.query + model.key
-        moved = self.times * tokens * model.layers * width * TRAFFIC[self.kind]
+        moved = self.times * tokens * model.layers * width * TRAFFIC[self.built][self.kind]
         return products / machine.flops + moved / machine.bandwidth
 
 
@@ -55,9 +64,10 @@ def passes(settings: Settings, algorithm: str) -> dict[str, list[Pass]]:
     if settings.reference:
         found["reference"] = found["old log-probs"]
     if critics:
-        found["values"] = [Pass(critic, "forward", 1) for critic in critics]
+        built = settings.built(algorithm)
+        found["values"] = [Pass(critic, "forward", 1, built) for critic in critics]
         times = settings.critic_epochs / len(critics)
-        found["critic update"] = [Pass(critic, "training", times) for critic in critics]
+        found["critic update"] = [Pass(critic, "training", times, built) for critic in critics]
     found["actor update"] = [Pass(actor, "training", settings.actor_epochs)]
     return found
 

@@ -71,6 +71,7 @@ class Settings:
     actor_fsdp_size: int = _setting(-1, "GPUs that share the actor's states (actor.fsdp_config.fsdp_size); -1: all")
     critic_fsdp_size: int = _setting(-1, "GPUs that share a critic's states (critic.fsdp.fsdp_size); -1: all")
     actor_offload: bool = _setting(False, "param_offload and optimizer_offload of the actor")
+    eager_critics: bool = _setting(False, "mini-critics that are not compiled (asyppo.compile_critics=False)")
     critic_offload: bool = _setting(False, "param_offload and optimizer_offload of the critics")
 
     tensor_parallel: int = _setting(1, "rollout.tensor_model_parallel_size")
@@ -162,6 +163,13 @@ class Settings:
             "ppo_small_critic": [self.critic],
             "grpo": [],
         }[algorithm]
+
+    def built(self, algorithm: str) -> str:
+        """How an algorithm's critics are built, a key of :data:`recipe.asyppo.plan.cost.TRAFFIC`."""
+        # One critic is verl's; sequence parallelism wants flash-attn, which is not compiled.
+        if algorithm != "asyppo" or self.num_critics == 1 or self.critic_sp > 1:
+            return "verl"
+        return "packed" if self.eager_critics else "compiled"
 
 
 ALGORITHMS = ("asyppo", "ppo", "ppo_small_critic", "grpo")
