@@ -42,9 +42,19 @@ def planned(size: str, count: int, built: str) -> tuple[float, float, float]:
 
 
 def planned_run() -> dict[str, float]:
-    lengths = {"prompt_length": 256, "mean_prompt_length": 176, "response_length": 512, "mean_response_length": 512}
-    models = BUILT_IN["4b"], BUILT_IN["0.6b"].as_critic()
-    return seconds(Settings(*models, hardware="h200", gpus=1, prompts=8, responses=8, **lengths), "asyppo")
+    settings = Settings(
+        BUILT_IN["4b"],
+        BUILT_IN["0.6b"].as_critic(),
+        hardware="h200",
+        gpus=1,
+        prompts=8,
+        responses=8,
+        prompt_length=256,
+        mean_prompt_length=176,
+        response_length=512,
+        mean_response_length=512,
+    )
+    return seconds(settings, "asyppo")
 
 
 def main() -> None:

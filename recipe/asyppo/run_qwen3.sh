@@ -72,6 +72,8 @@ elif [ -n "${FAST_START:-}" ]; then
         exit 2
     fi
     export ASYPPO_PRIVATE_TMPDIR=1
+    # What torch compiles stays where it always does, for the next run.
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/torchinductor_$(id -un)}
 fi
 
 CRITIC_TOKENS=${CRITIC_TOKENS:-36864}

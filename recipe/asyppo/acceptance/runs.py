@@ -111,7 +111,6 @@ class Recipe:
             "GPU_MEMORY_UTILIZATION": 0.25,
         }
         common |= {"PYTHON": sys.executable, "RUN_DIR": self.run_dir, "FAST_START": 1}
-        common |= {"TORCHINDUCTOR_CACHE_DIR": folder / "compiled"}  # for the resumed run, too
         self.environment = os.environ | {key: str(value) for key, value in {**common, **variables}.items()}
         few = [] if os.environ.get("VERL_PLATFORM") == "cpu" else FEW_PROCESSES
         self.command = ["bash", str(SCRIPT), *few, *overrides]
