@@ -55,17 +55,18 @@ def compile_layers(module: Any) -> None:
 
 
 def _for_one_kind_of_input(forward: Callable) -> Callable:
-    """Hand hidden states to a compiled layer as a view, and in an evaluation without gradients.
+    """Hand tensors to a compiled layer as views, and in an evaluation without gradients.
 
-    They come as a view from FSDP and as none when a checkpoint is recomputed, and the embedding's ask for gradients in an
-    evaluation too: each kind would be compiled for by itself, twice the work.
+    Hidden states come as a view from FSDP and as none when a checkpoint is recomputed, and the embedding's ask for gradients
+    in an evaluation too: each kind would be compiled for by itself, twice the work.
     """
 
-    def one_kind(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
-        is_trained = torch.is_grad_enabled()
-        return forward(hidden_BTD.view_as(hidden_BTD) if is_trained else hidden_BTD.detach(), *args, **kwargs)
+    def one_kind(argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        return argument.view_as(argument) if torch.is_grad_enabled() else argument.detach()
 
-    return one_kind
+    return lambda *args, **kwargs: forward(*map(one_kind, args), **kwargs)
 
 
 def install(model_module: Any) -> None:
