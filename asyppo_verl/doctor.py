@@ -91,6 +91,9 @@ def find_missing_cpus(overrides: Sequence[str]) -> str:
 
 
 def main() -> None:
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(__doc__)
+        return
     print(f"python         {platform.python_version()}")
     for package in PACKAGES:
         print(f"{package:<14} {_version(package)}")

@@ -97,6 +97,7 @@ SETTINGS = [
     ("trainer.nnodes=0", ["trainer.nnodes=0", "1 or more"]),
     ("trainer.n_gpus_per_node=-1", ["trainer.n_gpus_per_node=-1", "1 or more"]),
     ("critic.fsdp.ulysses_sequence_parallel_size=0", ["ulysses_sequence_parallel_size=0", "1 or more"]),
+    ("+critic.optim.grad_clip=0", ["critic.optim.grad_clip=0", "above 0"]),
     ("critic.optim.clip_grad=null", ["critic.optim.clip_grad=None", "above 0"]),
     ("actor_rollout_ref.actor.optim.clip_grad=-1", ["actor_rollout_ref.actor.optim.clip_grad=-1", "above 0"]),
     ("critic.optim.lr=null", ["critic.optim.lr=None", "number"]),

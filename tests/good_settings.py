@@ -17,6 +17,7 @@ LEGAL = [
     "critic.cliprange_value=inf",
     "critic.cliprange_value=0",
     "critic.optim.clip_grad=inf",
+    "critic.optim.clip_grad=null +critic.optim.grad_clip=0.5",
     "critic.optim.lr=0",
     "critic.optim.lr_warmup_steps=null",
     "critic.optim.weight_decay=0 critic.optim.betas=[0.9,0.95]",

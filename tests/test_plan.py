@@ -273,6 +273,15 @@ def test_mini_critics_evaluate_everything_and_share_the_training():
     small = cost.work(settings(), "ppo_small_critic")
     assert two["critic update"] == pytest.approx(small["critic update"])
     assert two["values"] == 2 * small["values"]
+    assert cost.work(settings(update_critics_first=True), "asyppo") == two | {"values": 2 * two["values"]}
+
+
+def test_compiled_critics_take_less_time_and_as_much_work():
+    compiled, eager = settings(), settings(eager_critics=True)
+    assert cost.work(compiled, "asyppo") == cost.work(eager, "asyppo")
+    seconds, longer = (cost.seconds(one, "asyppo") for one in (compiled, eager))
+    assert {name for name in seconds if seconds[name] < longer[name]} == {"values", "critic update"}
+    assert cost.seconds(compiled, "ppo") == cost.seconds(eager, "ppo")
 
 
 def test_share_of_two_small_critics():

@@ -151,6 +151,11 @@ def diagnosis(monkeypatch, capsys):
     return ask
 
 
+def test_the_doctor_answers_what_it_is_without_looking():
+    run = python(["-m", "asyppo_verl.doctor", "--help"])
+    assert run.returncode == 0 and "Exits with 1 and the fix" in run.stdout and "in this process:" not in run.stdout
+
+
 def test_the_doctor_counts_logical_cpus(diagnosis):
     # Of its own, whatever cluster this machine has.
     own = ["ray_kwargs.ray_init.num_cpus=12", "+ray_kwargs.ray_init.address=local"]

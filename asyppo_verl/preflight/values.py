@@ -108,6 +108,9 @@ def _node_and_key(config: DictConfig, path: str) -> tuple[DictConfig, str]:
 def check_values(run: Run) -> Iterator[str]:
     """Refuse numbers out of range, sampling settings included, which vLLM looks at with its first request."""
     rules = dict(RULES)
+    for optim in ("actor_rollout_ref.actor.optim", "critic.optim"):
+        if run.get(f"{optim}.grad_clip") is not None:  # its former name, which verl lets win
+            rules[f"{optim}.grad_clip"] = rules.pop(f"{optim}.clip_grad")
     rollout = "actor_rollout_ref.rollout"
     validates = run.get("trainer.val_before_train") or (run.get("trainer.test_freq") or 0) > 0
     for node in (rollout, f"{rollout}.val_kwargs") if validates else (rollout,):

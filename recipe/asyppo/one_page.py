@@ -183,7 +183,7 @@ def critic_loss(values: Tensor, old: Tensor, returns: Tensor, is_own: Tensor) ->
     """Squared error, clipped around the critic's old values, over the tokens of its shard; of (S, B, T), shape (S,)."""
     clipped = torch.minimum(torch.maximum(values, old - 0.5), old + 0.5)
     loss = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * (loss * is_own).sum((1, 2)) / is_own.sum((1, 2))
+    return 0.5 * (loss * is_own).sum((1, 2)) / is_own.sum((1, 2)).clamp_min(1)
 
 
 def values_of(critics: Models, tokens_SBL: Tensor) -> Tensor:

@@ -23,14 +23,13 @@ PHASES = ["gen", "old_log_prob", "values", "update_critic", "update_actor", "all
 
 def announce(machine: Machine) -> None:
     actor, critic = (machine.models[role].name for role in ("actor", "critic"))
-    resumed = machine.toy_kill // machine.toy_save * machine.toy_save
     responses = machine.toy_prompts * 8
     print(
         f"""accept_gpu on {machine.name}, about eleven minutes, no network:
   1 doctor, one minute with the making of models: is the plugin active here and in a Ray worker?
   2 toy, four minutes: verl's stock main on two-digit additions, {machine.toy_steps} steps of {responses} responses;
     does the reward rise, do rollout and trainer agree, do both critics learn?
-    Killed after step {machine.toy_kill}, does it go on from step {resumed}?
+    Killed after step {machine.toy_kill}, does it go on from step {machine.toy_resumed}?
   3 asyppo, three and a half minutes: the Qwen3 recipe's own script with random weights, actor {actor}, two critics {critic}
   4 grpo, two and a half minutes: the same without critics; what do the critics cost?
 """,
@@ -62,7 +61,7 @@ def check_doctor(folder: Path, check: Checks) -> None:
 
 def check_toy(folder: Path, machine: Machine, check: Checks) -> dict[str, float]:
     """Train the toy, kill the run, resume it; returns rewards and how long the first step took to begin."""
-    toy, prompts, resumed = folder / "toy", machine.toy_prompts, machine.toy_kill // machine.toy_save * machine.toy_save
+    toy, prompts = folder / "toy", machine.toy_prompts
     variables: dict[str, Any] = {
         "PROMPTS": prompts,
         "MAX_PROMPT": 16,
@@ -82,7 +81,7 @@ def check_toy(folder: Path, machine: Machine, check: Checks) -> dict[str, float]
     seen = f"{first} steps, the first began after {seconds:.0f} s"
     check("toy: trains", was_killed and first >= machine.toy_kill, seen)
     code, steps = recipe.run(), recipe.steps()
-    went_on = f"resuming {recipe.run_dir} after step {resumed}" in recipe.log.read_text()
+    went_on = f"resuming {recipe.run_dir} after step {machine.toy_resumed}" in recipe.log.read_text()
     seen = f"exit code {code}, {len(steps)} steps, log {recipe.log}"
     check("toy: resumes after SIGKILL", code == 0 and went_on and len(steps) == machine.toy_steps, seen)
     if not steps:

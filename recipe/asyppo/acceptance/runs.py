@@ -70,6 +70,7 @@ class Machine:
         self.prompts, self.response, self.steps = (8, 256, 3) if least else (4, 16, 3)
         # Steps of the toy, of them up to a checkpoint, and up to SIGKILL; prompts of a step.
         self.toy_steps, self.toy_save, self.toy_kill, self.toy_prompts = (10, 4, 5, 32) if least else (6, 2, 3, 16)
+        self.toy_resumed = self.toy_kill // self.toy_save * self.toy_save
 
 
 def make(folder: Path, machine: Machine) -> None:

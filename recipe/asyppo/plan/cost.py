@@ -65,7 +65,8 @@ def passes(settings: Settings, algorithm: str) -> dict[str, list[Pass]]:
         found["reference"] = found["old log-probs"]
     if critics:
         built = settings.built(algorithm)
-        found["values"] = [Pass(critic, "forward", 1, built) for critic in critics]
+        evaluations = 1 + (settings.update_critics_first and algorithm == "asyppo")
+        found["values"] = [Pass(critic, "forward", evaluations, built) for critic in critics]
         times = settings.critic_epochs / len(critics)
         found["critic update"] = [Pass(critic, "training", times, built) for critic in critics]
     found["actor update"] = [Pass(actor, "training", settings.actor_epochs)]

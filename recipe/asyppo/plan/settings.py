@@ -71,6 +71,7 @@ class Settings:
     actor_fsdp_size: int = _setting(-1, "GPUs that share the actor's states (actor.fsdp_config.fsdp_size); -1: all")
     critic_fsdp_size: int = _setting(-1, "GPUs that share a critic's states (critic.fsdp.fsdp_size); -1: all")
     actor_offload: bool = _setting(False, "param_offload and optimizer_offload of the actor")
+    update_critics_first: bool = _setting(False, "mini-critics that evaluate twice (asyppo.update_critics_first=True)")
     eager_critics: bool = _setting(False, "mini-critics that are not compiled (asyppo.compile_critics=False)")
     critic_offload: bool = _setting(False, "param_offload and optimizer_offload of the critics")
 
