@@ -2,11 +2,12 @@
 
 First seconds and peak memory of ``benchmarks/critic_cost.py --lengths 4096`` on one H200 (8 rows of 256 + 4096 tokens,
 micro-batches of 4 rows to train on, torch's fused AdamW, all critics on the card), beside what ``recipe.asyppo.plan`` says for
-the same; verl, packed and compiled are its ways to build a critic. Commits 268da4e (1.7b), c7ac239, 442896f (4b, compiled).
+the same; verl, packed and compiled are its ways to build a critic. Commits c7ac239, 442896f (4b, compiled) and 268da4e (1.7b,
+whose rows were neither packed nor under autocast).
 
 Then the phases of a step of ``scripts/accept_gpu.sh`` on one H200, commit 442896f: 4B actor, two compiled critics of 0.6B, 64
-responses, four passes. What each call takes whatever the batch is in them, and not in the plan. The last line is one JSON
-object; ``largest_error`` is that of the benchmark's rows.
+responses, four passes. The short phases hold what a call takes whatever the batch, which is not in the plan. The last line is
+one JSON object; ``largest_error`` is that of the benchmark's rows.
 """
 
 import json
@@ -27,7 +28,7 @@ CRITICS = {
     ("1.7b", 2, "packed"): (1.52, 0.699, 46.8),
 }
 FIGURES = ("update, s", "evaluation, s", "peak, GiB")
-RUN = {"old log-probs": 1.38, "values": 0.352, "critic update": 5.24, "actor update": 19.4}
+RUN = {"old log-probs": 1.35, "values": 0.352, "critic update": 5.24, "actor update": 19.2}
 
 
 def planned(size: str, count: int, built: str) -> tuple[float, float, float]:
@@ -50,7 +51,7 @@ def planned_run() -> dict[str, float]:
         prompts=8,
         responses=8,
         prompt_length=256,
-        mean_prompt_length=176,
+        mean_prompt_length=193,
         response_length=512,
         mean_response_length=512,
     )

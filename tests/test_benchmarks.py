@@ -300,4 +300,5 @@ def test_the_plan_is_near_what_was_measured(root):
     for critics, measured in plan_error.CRITICS.items():
         for found, plan in zip(measured, plan_error.planned(*critics), strict=True):
             assert abs(plan / found - 1) < 0.15, (critics, found, plan)
-    assert last_line(root, "benchmarks/plan_error.py")["largest_error"] < 0.15
+    last = last_line(root, "benchmarks/plan_error.py")
+    assert last["largest_error"] < 0.15 and abs(last["errors_of_a_step"]["actor update"]) < 0.15

@@ -117,6 +117,15 @@ def test_the_actors_loss_and_gradients_are_those_of_verl(compose, seed):
         assert metrics["actor/pg_clipfrac"].aggregate() > 0
 
 
+def test_a_critic_without_a_response_in_a_mini_batch_learns_nothing_from_it():
+    case = Batch()
+    now, is_own = case.now.clone().requires_grad_(), case.is_response.clone()
+    is_own[1] = False
+    loss = one_page.critic_loss(now, case.old, case.returns, is_own)
+    loss.sum().backward()
+    assert loss[0] > 0 == loss[1] and now.grad[0].any() and not now.grad[1].any()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_critics_loss_and_gradients_are_those_of_verl(compose, seed):
     """The stack is one run with two critics; verl's critic gets the rows of its shard alone."""

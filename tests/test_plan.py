@@ -259,9 +259,9 @@ def test_offloaded_models_are_pinned_in_powers_of_two():
 
 
 def test_one_mini_critic_is_ppo():
-    one = settings(num_critics=1)
+    one = settings(num_critics=1, eager_critics=True)
     assert Plan(one, "asyppo").summary() == Plan(one, "ppo_small_critic").summary()
-    own_size = settings(critic="4b", num_critics=1)
+    own_size = settings(critic="4b", num_critics=1, eager_critics=True)
     assert Plan(own_size, "asyppo").summary() == Plan(own_size, "ppo").summary()
     assert cost.critic_share(cost.work(one, "grpo")) == 0
 
@@ -282,6 +282,8 @@ def test_compiled_critics_take_less_time_and_as_much_work():
     seconds, longer = (cost.seconds(one, "asyppo") for one in (compiled, eager))
     assert {name for name in seconds if seconds[name] < longer[name]} == {"values", "critic update"}
     assert cost.seconds(compiled, "ppo") == cost.seconds(eager, "ppo")
+    slices = cost.seconds(settings(critic_sp=2), "asyppo")
+    assert slices["values"] > longer["values"], "under sequence parallelism they are as verl builds them"
 
 
 def test_share_of_two_small_critics():

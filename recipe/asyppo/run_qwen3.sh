@@ -73,7 +73,7 @@ elif [ -n "${FAST_START:-}" ]; then
     fi
     export ASYPPO_PRIVATE_TMPDIR=1
     # What torch compiles stays where it always does, for the next run.
-    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/torchinductor_$(id -un)}
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/torchinductor_$(id -un 2> /dev/null || id -u)}
 fi
 
 CRITIC_TOKENS=${CRITIC_TOKENS:-36864}

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,21 @@ ALGORITHMS = ["asyppo", "ppo", "grpo"]
 PHASES = ["gen", "old_log_prob", "values", "update_critic", "update_actor", "all but gen", "step"]
 
 
-def announce(machine: Machine) -> None:
+def announce(machine: Machine, algorithms: Sequence[str]) -> None:
     actor, critic = (machine.models[role].name for role in ("actor", "critic"))
     responses = machine.toy_prompts * 8
     print(
-        f"""accept_gpu on {machine.name}, about eleven minutes, no network:
+        f"""accept_gpu on {machine.name}, about {11 if len(algorithms) == 2 else 15} minutes, no network:
   1 doctor, one minute with the making of models: is the plugin active here and in a Ray worker?
   2 toy, four minutes: verl's stock main on two-digit additions, {machine.toy_steps} steps of {responses} responses;
     does the reward rise, do rollout and trainer agree, do both critics learn?
     Killed after step {machine.toy_kill}, does it go on from step {machine.toy_resumed}?
   3 asyppo, three and a half minutes: the Qwen3 recipe's own script with random weights, actor {actor}, two critics {critic}
-  4 grpo, two and a half minutes: the same without critics; what do the critics cost?
-""",
-        flush=True,
+  4 grpo, two and a half minutes: the same without critics; what do the critics cost?"""
     )
+    if "ppo" in algorithms:
+        print(f"  5 ppo, four minutes: the same with one critic of the actor's size, {actor}")
+    print(flush=True)
 
 
 class Checks:
@@ -150,14 +152,18 @@ def compare(folder: Path, machine: Machine, report: dict[str, Any]) -> dict[str,
     print(f"\n{'seconds of a step (medians)':<42}" + "".join(f"{name:>10}" for name in runs))
     for phase in PHASES:
         print(f"  {phase:<40}" + "".join(f"{run['phases'][phase]:>10.2f}" for run in runs.values()))
-    # Generation is the same work for all, and verl looks only every two seconds whether it is done: all have the mean.
+    # Generation is the same work for all and takes now more, now less, in steps of the two seconds after which verl looks again
+    # whether it is done: in the ratios all have the mean.
     generation = statistics.mean(run["phases"]["gen"] for run in runs.values())
     training = {name: run["phases"]["all but gen"] for name, run in runs.items()}
     step = {name: generation + seconds for name, seconds in training.items()}
     ratios: dict[str, float] = {}
-    for kind, seconds in (("over_grpo", step), ("over_grpo_without_generation", training)):
+    for kind, label, seconds in (
+        ("over_grpo", "over grpo, with the same generation", step),
+        ("over_grpo_without_generation", "over grpo, all but gen", training),
+    ):
         ratios |= {f"{name}_{kind}": seconds[name] / seconds["grpo"] for name in runs if name != "grpo"}
-        print(f"  {kind:<40}" + "".join(f"{ratios.get(f'{name}_{kind}', 1.0):>10.3f}" for name in runs))
+        print(f"  {label:<40}" + "".join(f"{ratios.get(f'{name}_{kind}', 1.0):>10.3f}" for name in runs))
     planned = {name: planned_peak(folder, machine, name) for name in runs}
     print(f"{'GiB of the trainer at its peak':<42}" + "".join(f"{run['peak_gib']:>10.1f}" for run in runs.values()))
     print(f"{'  planned':<42}" + "".join(f"{peak:>10.1f}" for peak in planned.values()) + "\n")
@@ -170,7 +176,9 @@ def main() -> None:
         "folder", type=Path, nargs="?", default=ROOT / "runs/accept_gpu", help="default: runs/accept_gpu"
     )
     parser.add_argument(
-        "--ppo", action="store_true", help="symmetric PPO too, if the card holds a second 4B: three minutes"
+        "--ppo",
+        action="store_true",
+        help="symmetric PPO too, where the card holds a critic of the actor's size: four minutes",
     )
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -179,17 +187,22 @@ def main() -> None:
         make(folder, machine)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no run stays behind
-    announce(machine)
+    algorithms = ["asyppo", "grpo", *(["ppo"] if arguments.ppo else [])]
+    announce(machine, algorithms)
     check = Checks()
     folder.mkdir(parents=True, exist_ok=True)
     # In a process of its own, which holds no memory of the GPU afterwards.
     command = [sys.executable, "-m", "recipe.asyppo.acceptance", str(folder), "--make"]
-    with subprocess.Popen(command) as making:
+    making = subprocess.Popen(command)
+    try:
         check_doctor(folder, check)
+        making.wait()
+    finally:
+        making.kill()
     if making.returncode:
         raise SystemExit(f"accept_gpu: making models and data failed with exit code {making.returncode}")
     report: dict[str, Any] = {"card": machine.name, "toy": check_toy(folder, machine, check)}
-    for algorithm in ["asyppo", "grpo", *(["ppo"] if arguments.ppo else [])]:
+    for algorithm in algorithms:
         report[algorithm] = check_recipe(folder, machine, algorithm, check)
     if report["asyppo"] and report["grpo"]:
         report |= compare(folder, machine, report)

@@ -25,8 +25,8 @@ ASSUMPTIONS = (
     "Seconds of training = matrix products at matrix_use of the peak + attention at attention_use of it + memory traffic of "
     "what goes element by element, a layer and token, for each of hidden + MLP + query + key: 112 bytes in a forward and 520 in "
     "an update as verl builds models, 15 and 115 in compiled mini-critics (75 and 370 where they are not). Fitted to 0.6B, 1.7B "
-    "and 4B on one H200 (benchmarks/plan_error.py). Communication is taken as hidden; what a call of the trainer takes "
-    "whatever the batch, 0.1 to 0.2 s there, is left out.",
+    "and 4B on one H200 (benchmarks/plan_error.py). Communication is taken as hidden. Left out is what "
+    "a call takes whatever the batch, 0.2 s for an evaluation of few tokens there and 0.4 s for an update of small critics.",
     "Seconds of generation are a rough estimate: weights are read once a decoding step, every token's cache at half of its "
     "final length on average; a step takes at least as many decoding steps as the longest response has tokens.",
 )

@@ -1,7 +1,8 @@
 """Memory of a GPU through a step of verl's colocated trainer with FSDP2, phase by phase.
 
-Read from verl 0.9.1 and torch 2.13, or measured on a CPU with the real models and verl's entropy functions; nothing of it
-was measured on a GPU. ``ASSUMPTIONS`` states it line by line.
+Read from verl 0.9.1 and torch 2.13, or measured on a CPU with the real models and verl's entropy functions. On an H200 the
+trainer's peaks in two short runs were 2 % above the plan, those of critics by themselves up to 12 % below (docs/performance.md).
+``ASSUMPTIONS`` states it line by line.
 """
 
 import dataclasses

@@ -167,10 +167,11 @@ class Settings:
 
     def built(self, algorithm: str) -> str:
         """How an algorithm's critics are built, a key of :data:`recipe.asyppo.plan.cost.TRAFFIC`."""
-        # One critic is verl's; sequence parallelism wants flash-attn, which is not compiled.
-        if algorithm != "asyppo" or self.num_critics == 1 or self.critic_sp > 1:
+        if algorithm != "asyppo" or self.critic_sp > 1:  # sequence parallelism wants flash-attn, which is not compiled
             return "verl"
-        return "packed" if self.eager_critics else "compiled"
+        if not self.eager_critics:
+            return "compiled"
+        return "packed" if self.num_critics > 1 else "verl"  # one critic is verl's
 
 
 ALGORITHMS = ("asyppo", "ppo", "ppo_small_critic", "grpo")
