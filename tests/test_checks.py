@@ -3,10 +3,8 @@
 import copy
 import inspect
 import logging
-import os
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -269,68 +267,3 @@ def test_vision_language_actors(complete, toy, tmp_path, caplog, monkeypatch):  
     again = actor.rename(tmp_path / "again")
     message = refusal(complete(f"actor_rollout_ref.model.path={again}"))
     assert f"actor_rollout_ref.model.path={again} is a vision-language model whose tokens have positions" in message
-
-
-# -- folders -------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_that_cannot_be_written_is_refused_if_something_is_saved(complete, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != tmp_path)
-    folder = f"trainer.default_local_dir={tmp_path}/deep/below"
-    message = refusal(complete(folder, "trainer.save_freq=1"))
-    assert f"default_local_dir={tmp_path}/deep/below: {tmp_path} is a file or cannot be written" in message
-    driver(complete(folder))
-    driver(complete(folder, "trainer.save_freq=1", "trainer.nnodes=2"))
-    assert not list(tmp_path.iterdir()), "nothing is made"
-
-
-@pytest.fixture
-def resumed(complete, toy, tmp_path):  # noqa: F811
-    """A configuration that resumes from a checkpoint of two ranks, of which the files of the given ones are here."""
-
-    def composed(*overrides: str, seen: tuple[int, ...] = (0, 1)):
-        step = tmp_path / "checkpoints" / "global_step_3"
-        for folder, source in (("actor", "actor"), ("critic/critic_0", "critic"), ("critic/critic_1", "critic")):
-            (step / folder / "huggingface").mkdir(parents=True)
-            shutil.copy(toy / source / "config.json", step / folder / "huggingface")
-            for begin in ("model", "optim", "extra_state"):
-                for rank in seen:
-                    torch.save({}, step / folder / f"{begin}_world_size_2_rank_{rank}.pt")
-        torch.save({}, step / "data.pt")
-        (step.parent / "latest_checkpointed_iteration.txt").write_text("3")
-        return complete(*overrides)
-
-    return composed
-
-
-TWO_RANKS, TWO_NODES = "trainer.n_gpus_per_node=2", ("trainer.nnodes=2", "trainer.n_gpus_per_node=1")
-
-
-def test_a_complete_checkpoint_is_accepted_without_a_word(resumed, caplog):
-    driver(resumed(TWO_RANKS))
-    assert "checkpoint" not in caplog.text
-
-
-@pytest.mark.parametrize("own", [(), ("+asyppo.critic_overrides.1.optim.lr=1",)])
-def test_files_of_a_rank_that_are_missing_on_one_node_are_refused(resumed, own):
-    message = refusal(resumed(TWO_RANKS, *own, seen=(0,)))
-    assert "has no model_world_size_2_rank_1.pt" in message and "trainer.resume_mode=disable" in message
-
-
-def test_files_of_other_nodes_are_left_to_their_ranks(resumed, tmp_path, caplog):
-    """Disks may be a node's own: what can be seen is looked at, the rest is said."""
-    driver(resumed(*TWO_NODES, seen=(0,)))
-    assert "of the checkpoint only this can be seen here: 1 of 2 ranks of" in caplog.text
-    os.truncate(tmp_path / "checkpoints/global_step_3/critic/critic_1/optim_world_size_2_rank_0.pt", 10)
-    caplog.clear()
-    step = tmp_path / "checkpoints" / "global_step_3"
-    again = step.rename(tmp_path / "global_step_3")
-    message = refusal(
-        resumed(*TWO_NODES, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={again}", seen=())
-    )
-    assert "critic_1/optim_world_size_2_rank_0.pt is missing or corrupt" in message
-
-
-def test_a_checkpoint_that_would_be_loaded_without_weights_is_refused(resumed):
-    message = refusal(resumed(TWO_RANKS, "critic.checkpoint.load_contents=[hf_model]"))
-    assert "checkpoint.load_contents=['hf_model'] lacks 'model'" in message and "critic_0" in message
