@@ -159,7 +159,7 @@ class AsyPPOMixin(_Base):
         )
         lam = self.config.algorithm.lam
         if self.asyppo.critic_lam != lam:
-            _, returns_N = self._gae(batch, value_N, self.asyppo.critic_lam)
+            _, returns_N = self._gae(batch, responses, value_N, self.asyppo.critic_lam)
             self._change(batch, responses, returns=returns_N)
         metrics.update(ensemble_metrics(values_MN, value_N, sigma_N, responses["returns"], is_response_N))
         explained = metrics["asyppo/explained_var"]
@@ -167,7 +167,7 @@ class AsyPPOMixin(_Base):
         if self.asyppo.update_critics_first:
             return batch
         if metrics["asyppo/lam"] != lam:
-            advantages_N, _ = self._gae(batch, value_N, metrics["asyppo/lam"])
+            advantages_N, _ = self._gae(batch, responses, value_N, metrics["asyppo/lam"])
             self._change(batch, responses, advantages=advantages_N)
         return self._apply_selections(batch, responses, values_MN, value_N, sigma_N, metrics)
 
@@ -176,8 +176,8 @@ class AsyPPOMixin(_Base):
         self._critics.start_evaluation(batch, self._actor_ranks)
         self._critics.finish_evaluation()
         values_MN, value_N, sigma_N = self._ensemble_value(batch)
-        advantages_N, _ = self._gae(batch, value_N, metrics["asyppo/lam"])
         responses = batch_io.fetch(batch, "response_mask", "returns")
+        advantages_N, _ = self._gae(batch, responses, value_N, metrics["asyppo/lam"])
         self._change(batch, responses, advantages=advantages_N)
         return self._apply_selections(batch, responses, values_MN, value_N, sigma_N, metrics)
 
@@ -271,12 +271,14 @@ class AsyPPOMixin(_Base):
             folder, self.global_steps, batch, self.tokenizer, groups=groups, responses=responses, **vectors
         )
 
-    def _gae(self, batch: KVBatchMeta, value_N: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    def _gae(
+        self, batch: KVBatchMeta, responses: batch_io.Responses, value_N: Tensor, lam: float
+    ) -> tuple[Tensor, Tensor]:
         """Whitened advantages and lambda-returns of the mean value, by verl's GAE on the rewards of its own pass."""
         rewards = "token_level_rewards" if self.config.algorithm.use_kl_in_reward else "rm_scores"
-        responses = batch_io.fetch(batch, "response_mask", rewards)
+        rewards_N = batch_io.fetch(batch, rewards)[rewards]
         advantages_BT, returns_BT = compute_gae_advantage_return(
-            token_level_rewards=responses.padded(responses[rewards]),
+            token_level_rewards=responses.padded(rewards_N),
             values=responses.padded(value_N),
             response_mask=responses.padded(responses["response_mask"]),
             gamma=self.config.algorithm.gamma,

@@ -26,17 +26,7 @@ PUBLISHED = {  # parameters of the checkpoints on the Hugging Face hub
 
 
 def hf_config(model) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=model.vocab,
-        hidden_size=model.hidden,
-        intermediate_size=model.intermediate,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        tie_word_embeddings=model.tied,
-        num_labels=1,
-    )
+    return Qwen3Config(**model.shape, tie_word_embeddings=model.tied, num_labels=1)
 
 
 def count(auto_class, config) -> int:

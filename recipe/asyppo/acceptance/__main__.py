@@ -111,8 +111,8 @@ def check_recipe(folder: Path, machine: Machine, algorithm: str, check: Checks) 
         "MAX_PROMPT": 256,
         "MAX_RESPONSE": machine.response,
         "ACTOR_TOKENS": machine.actor_tokens,
-        "LOG_PROB_TOKENS": 2 * machine.actor_tokens,
-        "CRITIC_TOKENS": 4 * machine.actor_tokens,
+        "LOG_PROB_TOKENS": machine.log_prob_tokens,
+        "CRITIC_TOKENS": machine.critic_tokens,
     }
     variables |= {"STEPS": machine.steps, "SAVE_FREQ": -1}
     variables |= {"ACTOR_MODEL": folder / "actor", "CRITIC_MODEL": folder / "critic", "REWARD": folder / "reward.py"}
@@ -136,8 +136,8 @@ def planned_peak(folder: Path, machine: Machine, algorithm: str) -> float:
     """GiB that the planner expects the trainer to hold at its peak: without vLLM, which is another process."""
     lengths = {"prompt-length": 256, "mean-prompt-length": 170}
     lengths |= {"response-length": machine.response, "mean-response-length": machine.response}
-    tokens = {"actor-tokens": machine.actor_tokens, "log-prob-tokens": 2 * machine.actor_tokens}
-    tokens |= {"critic-tokens": 4 * machine.actor_tokens, "value-tokens": 4 * machine.actor_tokens}
+    tokens = {"actor-tokens": machine.actor_tokens, "log-prob-tokens": machine.log_prob_tokens}
+    tokens |= {"critic-tokens": machine.critic_tokens, "value-tokens": machine.critic_tokens}
     models = {"actor": folder / "actor", "critic": folder / "critic"}
     options = {"gpus": 1, "prompts": machine.prompts, "responses": 8, **lengths, **tokens, **models}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]

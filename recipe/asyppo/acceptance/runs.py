@@ -66,6 +66,7 @@ class Machine:
                 raise SystemExit(f"accept_gpu: {self.name} has {self.gib:.0f} GiB; the smallest runs need {min(CARDS)}")
         least = max((gib for gib in CARDS if gib <= self.gib), default=0)
         self.models, self.actor_tokens = CARDS.get(least, (TINY, 4096))
+        self.log_prob_tokens, self.critic_tokens = 2 * self.actor_tokens, 4 * self.actor_tokens
         # Of the recipe's runs. Many short responses are generated sooner than few long ones.
         self.prompts, self.response, self.steps = (8, 256, 3) if least else (4, 16, 3)
         # Steps of the toy, of them up to a checkpoint, and up to SIGKILL; prompts of a step.

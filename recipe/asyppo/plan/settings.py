@@ -71,9 +71,9 @@ class Settings:
     actor_fsdp_size: int = _setting(-1, "GPUs that share the actor's states (actor.fsdp_config.fsdp_size); -1: all")
     critic_fsdp_size: int = _setting(-1, "GPUs that share a critic's states (critic.fsdp.fsdp_size); -1: all")
     actor_offload: bool = _setting(False, "param_offload and optimizer_offload of the actor")
+    critic_offload: bool = _setting(False, "param_offload and optimizer_offload of the critics")
     update_critics_first: bool = _setting(False, "mini-critics that evaluate twice (asyppo.update_critics_first=True)")
     eager_critics: bool = _setting(False, "mini-critics that are not compiled (asyppo.compile_critics=False)")
-    critic_offload: bool = _setting(False, "param_offload and optimizer_offload of the critics")
 
     tensor_parallel: int = _setting(1, "rollout.tensor_model_parallel_size")
     gpu_memory_utilization: float = _setting(0.6, "share of a GPU that vLLM takes (rollout.gpu_memory_utilization)")
