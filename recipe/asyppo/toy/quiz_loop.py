@@ -1,0 +1,43 @@
+"""The quiz on verl (:mod:`recipe.asyppo.toy.make_quiz`): an agent loop that asks, marks and gives the reward."""
+
+from typing import Any
+from uuid import uuid4
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
+
+
+class QuizLoop(AgentLoopBase):
+    """One answer of one token a turn; between two turns the environment marks the answer and asks the next question.
+
+    What the environment writes is an observation (``response_mask`` 0): not trained, and passed over by GAE. The last word is
+    the model's, since verl stores the reward, the share of right answers, at the end.
+    """
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+        messages = list(kwargs["raw_prompt"])
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        _, *questions = messages[0]["content"].split()[:-1]
+        truths = kwargs["reward_model"]["ground_truth"].split()
+        settings = {**sampling_params, "max_tokens": 1, "ignore_eos": True}
+        response, mask, log_probs, marks = [], [], [], []
+        for turn, truth in enumerate(truths):
+            output = await self.server_manager.generate(
+                request_id=uuid4().hex, prompt_ids=prompt + response, sampling_params=settings
+            )
+            marks.append(self.tokenizer.decode(output.token_ids) == truth)
+            observation = []
+            if turn < len(questions):
+                observation = self.tokenizer.encode(f"{'right' if marks[-1] else 'wrong'} {questions[turn]}")
+            response += [*output.token_ids, *observation]
+            mask += [1] + [0] * len(observation)
+            log_probs += [*(output.log_probs or []), *(0.0 for _ in observation)]
+        return AgentLoopOutput(
+            prompt_ids=prompt,
+            response_ids=response,
+            response_mask=mask,
+            response_logprobs=log_probs if output.log_probs else None,
+            reward_score=sum(marks) / len(marks),
+            num_turns=2 * len(truths),
+            metrics={},
+            extra_fields={**output.extra_fields, "turn_scores": [], "tool_rewards": []},
+        )
