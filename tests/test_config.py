@@ -2,6 +2,7 @@
 
 from asyppo_verl.config import AsyPPOConfig
 from asyppo_verl.critic_settings import critic_nodes, read_config
+from asyppo_verl.critic_worker import worker_config
 from asyppo_verl.preflight import prepare
 
 
@@ -41,6 +42,27 @@ def test_overrides_of_single_critics(compose, toy):
     assert second.model.override_config.attn_implementation == "eager"
     # verl's interpolations into other parts of the configuration still resolve.
     assert second.ppo_mini_batch_size == config.actor_rollout_ref.actor.ppo_mini_batch_size == 8
+
+
+def test_a_critics_own_value_is_not_silenced_by_another_name_set_for_all(compose):
+    names = {"optim.clip_grad": 0.25, "optim.lr_scheduler_type": "cosine", "optim.lr_warmup_steps_ratio": 0.5}
+    names |= {"forward_max_token_len_per_gpu": 4000}
+    for_all = ("+critic.optim.grad_clip=2", "critic.optim.warmup_style=constant", "critic.optim.lr_warmup_steps=7")
+    for_all += ("+critic.ppo_infer_max_token_len_per_gpu=5000",)
+    config = compose(*for_all, *(f"+asyppo.critic_overrides.1.{name}={value}" for name, value in names.items()))
+    first, second = (worker_config(node) for node in critic_nodes(config, read_config(config)))
+
+    def used(worker):
+        optim = worker.optimizer_config
+        return (
+            optim.clip_grad,
+            optim.lr_scheduler_type,
+            optim.lr_warmup_steps,
+            worker.engine_config.infer_max_token_len_per_gpu,
+        )
+
+    assert used(first) == (2, "constant", 7, 5000)
+    assert used(second) == (0.25, "cosine", -1, 4000)
 
 
 def test_a_slash_at_the_end_of_the_resumed_path_is_removed(compose, tmp_path, monkeypatch):
