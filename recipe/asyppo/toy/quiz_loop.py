@@ -19,7 +19,10 @@ class QuizLoop(AgentLoopBase):
         _, *questions = messages[0]["content"].split()[:-1]
         truths = kwargs["reward_model"]["ground_truth"].split()
         settings = {**sampling_params, "max_tokens": 1, "ignore_eos": True}
-        response, mask, log_probs, marks = [], [], [], []
+        response: list[int] = []
+        mask: list[int] = []
+        log_probs: list[float] = []
+        marks: list[bool] = []
         for turn, truth in enumerate(truths):
             output = await self.server_manager.generate(
                 request_id=uuid4().hex, prompt_ids=prompt + response, sampling_params=settings
