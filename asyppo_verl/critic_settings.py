@@ -11,13 +11,14 @@ from omegaconf.errors import OmegaConfBaseException
 from asyppo_verl.config import AsyPPOConfig, nearest
 
 GOES_FIRST = {
-    "optim.clip_grad": "optim.grad_clip",
-    "optim.lr_scheduler_type": "optim.warmup_style",
-    "optim.lr_warmup_steps_ratio": "optim.lr_warmup_steps",
-    "forward_max_token_len_per_gpu": "ppo_infer_max_token_len_per_gpu",
-    "forward_micro_batch_size_per_gpu": "ppo_infer_micro_batch_size_per_gpu",
+    "model.path": ("model.hf_config_path", None),
+    "optim.clip_grad": ("optim.grad_clip", None),
+    "optim.lr_scheduler_type": ("optim.warmup_style", None),
+    "optim.lr_warmup_steps_ratio": ("optim.lr_warmup_steps", -1),
+    "forward_max_token_len_per_gpu": ("ppo_infer_max_token_len_per_gpu", None),
+    "forward_micro_batch_size_per_gpu": ("ppo_infer_micro_batch_size_per_gpu", None),
 }
-"""Settings of verl's critic, and those that go before them where they are set."""
+"""Settings of verl's critic, those that go before them where they are set, and what unsets these."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,12 +99,10 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
         raise ValueError(
             f"asyppo.critic_overrides.{index}.{name} is not a setting of verl's critic node{fix}"
         ) from error
-    own = OmegaConf.create(dict(overrides))
-    for name, first in GOES_FIRST.items():
+    for name, (first, unset) in GOES_FIRST.items():
         # What is set for all under another name does not silence a critic's own value.
-        is_silenced = OmegaConf.select(own, name) is not None and OmegaConf.select(own, first) is None
-        if is_silenced and OmegaConf.select(merged.critic, first) is not None:
-            OmegaConf.update(merged.critic, first, -1 if first.endswith("lr_warmup_steps") else None)
+        if _has(overrides, name) and not _has(overrides, first) and _has(merged.critic, first):
+            OmegaConf.update(merged.critic, first, unset)
     key = "ulysses_sequence_parallel_size"
     if merged.critic.fsdp[key] != config.critic.fsdp[key]:
         raise ValueError(
@@ -111,3 +110,11 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
             f"with the others, so all need critic.fsdp.{key}={config.critic.fsdp[key]}; remove the override"
         )
     return merged
+
+
+def _has(node: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not isinstance(node, Mapping | DictConfig) or part not in node:
+            return False
+        node = node[part]
+    return True

@@ -45,24 +45,25 @@ def test_overrides_of_single_critics(compose, toy):
 
 
 def test_a_critics_own_value_is_not_silenced_by_another_name_set_for_all(compose):
+    for_all = {"optim.grad_clip": 2, "optim.warmup_style": "constant", "optim.lr_warmup_steps": 7}
+    for_all |= {"ppo_infer_max_token_len_per_gpu": 5000, "ppo_infer_micro_batch_size_per_gpu": 4}
     names = {"optim.clip_grad": 0.25, "optim.lr_scheduler_type": "cosine", "optim.lr_warmup_steps_ratio": 0.5}
-    names |= {"forward_max_token_len_per_gpu": 4000}
-    for_all = ("+critic.optim.grad_clip=2", "critic.optim.warmup_style=constant", "critic.optim.lr_warmup_steps=7")
-    for_all += ("+critic.ppo_infer_max_token_len_per_gpu=5000",)
-    config = compose(*for_all, *(f"+asyppo.critic_overrides.1.{name}={value}" for name, value in names.items()))
-    first, second = (worker_config(node) for node in critic_nodes(config, read_config(config)))
-
-    def used(worker):
-        optim = worker.optimizer_config
-        return (
-            optim.clip_grad,
-            optim.lr_scheduler_type,
-            optim.lr_warmup_steps,
-            worker.engine_config.infer_max_token_len_per_gpu,
-        )
-
-    assert used(first) == (2, "constant", 7, 5000)
-    assert used(second) == (0.25, "cosine", -1, 4000)
+    names |= {"forward_max_token_len_per_gpu": 4000, "forward_micro_batch_size_per_gpu": 2}
+    config = compose(
+        *(f"++critic.{name}={value}" for name, value in for_all.items()),
+        *(f"+asyppo.critic_overrides.{index}.{name}={value}" for index in (1, 2) for name, value in names.items()),
+        "+asyppo.critic_overrides.2.optim.grad_clip=3",
+        "+asyppo.num_critics=3",
+    )
+    found = []
+    for node in critic_nodes(config, read_config(config)):
+        worker = worker_config(node)
+        optim, engine = worker.optimizer_config, worker.engine_config
+        batching = engine.infer_max_token_len_per_gpu, engine.infer_micro_batch_size_per_gpu
+        found.append((optim.clip_grad, optim.lr_scheduler_type, optim.lr_warmup_steps, *batching))
+    assert found[0] == (2, "constant", 7, 5000, 4)
+    assert found[1] == (0.25, "cosine", -1, 4000, 2)
+    assert found[2] == (3, *found[1][1:])
 
 
 def test_a_slash_at_the_end_of_the_resumed_path_is_removed(compose, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def test_the_tokenizer_is_read_back_as_it_was_written(quiz):
 
 
 @pytest.mark.parametrize("algorithm", ["asyppo", "paper", "grpo"])
-def test_the_algorithms_differ_in_their_credit_only(root, toy, quiz, tmp_path, algorithm):
+def test_what_the_algorithms_set(root, toy, quiz, tmp_path, algorithm):
     variables = environment(root, toy, TOY_DIR=str(quiz), ALGO=algorithm)
     config = validated(recorded(root / "scripts/run_quiz_cpu.sh", tmp_path, variables))
     assert config.algorithm.adv_estimator == ("grpo" if algorithm == "grpo" else "asyppo")

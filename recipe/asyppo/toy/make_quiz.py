@@ -93,8 +93,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to write; kept as it is when already complete")
     parser.add_argument("--steps", type=int, default=600, help="that each model reads 64 dialogues in")
     arguments = parser.parse_args()
-    if not (arguments.folder / "made.json").exists():
+    made = arguments.folder / "made.json"
+    if not made.exists():
         make(arguments.folder, arguments.steps)
+    elif (steps := json.loads(made.read_text())["steps"]) != arguments.steps:
+        parser.error(
+            f"the models in {arguments.folder} have read for {steps} steps; name another folder, or --steps {steps}"
+        )
     print(f"the task is in {arguments.folder}")
 
 

@@ -23,10 +23,16 @@ class QuizLoop(AgentLoopBase):
         mask: list[int] = []
         log_probs: list[float] = []
         marks: list[bool] = []
+        versions: dict[str, Any] = {}
+        session = uuid4().hex  # all turns go to the server that holds their prefix
         for turn, truth in enumerate(truths):
             output = await self.server_manager.generate(
-                request_id=uuid4().hex, prompt_ids=prompt + response, sampling_params=settings
+                request_id=session, prompt_ids=prompt + response, sampling_params=settings
             )
+            if len(output.token_ids) != 1:
+                raise RuntimeError(f"turn {turn} gave {len(output.token_ids)} tokens instead of 1: it was aborted")
+            # Weights may change between two turns: the first and the last version count.
+            versions = {**output.extra_fields, **{k: v for k, v in versions.items() if k == "min_global_steps"}}
             marks.append(self.tokenizer.decode(output.token_ids) == truth)
             observation = []
             if turn < len(questions):
@@ -42,5 +48,5 @@ class QuizLoop(AgentLoopBase):
             reward_score=sum(marks) / len(marks),
             num_turns=2 * len(truths),
             metrics={},
-            extra_fields={**output.extra_fields, "turn_scores": [], "tool_rewards": []},
+            extra_fields={**versions, "turn_scores": [], "tool_rewards": []},
         )
