@@ -39,12 +39,8 @@ class Run:
     def key(self, name: str) -> str:
         """Where the value of a key such as "critic.optim.lr" was given, for a message."""
         section, _, rest = name.partition(".")
-        node: Any = self.own if section == "critic" and rest else None
-        for part in rest.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                return name
-            node = node[part]
-        return f"asyppo.critic_overrides.{self.critics[0]}.{rest}"
+        is_own = section == "critic" and _has(self.own, rest)
+        return f"asyppo.critic_overrides.{self.critics[0]}.{rest}" if is_own else name
 
 
 def read_config(config: DictConfig) -> AsyPPOConfig:
@@ -114,7 +110,7 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
 
 def _has(node: Any, name: str) -> bool:
     for part in name.split("."):
-        if not isinstance(node, Mapping | DictConfig) or part not in node:
+        if not isinstance(node, Mapping) or part not in node:
             return False
         node = node[part]
     return True

@@ -1,14 +1,11 @@
 """The quiz: dialogues as they are read, and as verl's agent loop leads them."""
 
-import os
-import subprocess
-
 import pytest
 import torch
 from test_recipe import environment, recorded, validated
+from training import run_script
 from transformers import AutoTokenizer
 
-from recipe.asyppo.console import read_metrics
 from recipe.asyppo.toy.make_quiz import QUIZ, build_tokenizer, dialogues, make
 
 
@@ -53,13 +50,8 @@ def test_what_the_algorithms_set(root, toy, quiz, tmp_path, algorithm):
 @pytest.mark.timeout(900)
 def test_the_environment_asks_marks_and_is_not_trained(root, quiz, tmp_path):
     """Two steps of the script with the paper's masks: 64 responses of 16 answers and 30 tokens of the environment."""
-    folder, log = tmp_path / "run", tmp_path / "output"
-    env = os.environ | {"RUN_DIR": str(folder), "TOY_DIR": str(quiz), "ALGO": "paper"}
-    command = ["bash", str(root / "scripts/run_quiz_cpu.sh"), "trainer.total_training_steps=2", "trainer.save_freq=-1"]
-    with open(log, "w") as output:
-        code = subprocess.run(command, env=env, stdout=output, stderr=output, timeout=600).returncode
-    assert code == 0, log.read_text()[-6000:]
-    steps = [line["data"] for line in read_metrics(folder / "metrics.jsonl")]
+    script, overrides = root / "scripts/run_quiz_cpu.sh", ["trainer.total_training_steps=2", "trainer.save_freq=-1"]
+    steps, _ = run_script(script, quiz, tmp_path / "run", *overrides, ALGO="paper")
     assert len(steps) == 2
     for step in steps:
         assert step["response_length/mean"] == step["response_length/min"] == 46

@@ -28,9 +28,14 @@ def replaying(rollouts: Path) -> list[str]:
 
 def train(root: Path, toy: Path, run_dir: Path, *overrides: str, **environment: str) -> tuple[list[dict], str]:
     """Run the CPU script; returns the metrics of every step and what the terminal showed."""
+    return run_script(root / "scripts/run_asyppo_cpu.sh", toy, run_dir, *SMALL, *overrides, **environment)
+
+
+def run_script(script: Path, toy: Path, run_dir: Path, *overrides: str, **environment: str) -> tuple[list[dict], str]:
+    """The same of any script that takes RUN_DIR and TOY_DIR."""
     env = {**os.environ, "RUN_DIR": str(run_dir), "TOY_DIR": str(toy), **environment}
     run = subprocess.run(
-        ["bash", str(root / "scripts/run_asyppo_cpu.sh"), *SMALL, *overrides],
+        ["bash", str(script), *overrides],
         env=env,
         capture_output=True,
         text=True,

@@ -7,7 +7,6 @@ Actor and critics start from language models that have read such dialogues, erro
 
 import argparse
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from recipe.asyppo.study.tasks import DIGITS, FIRST_SYMBOL, TASKS, Task
 from recipe.asyppo.toy.make_spelling import INIT, optimize
-from recipe.asyppo.toy.make_toy import model_config, write_pairs
+from recipe.asyppo.toy.make_toy import CHAT_TEMPLATE, all_or_nothing, model_config, write_pairs
 
 QUIZ = replace(TASKS["tool"], symbols=512)
 SIZES = {
@@ -42,7 +41,7 @@ def build_tokenizer(task: Task) -> PreTrainedTokenizerFast:
         eos_token=END,
         pad_token=END,
         additional_special_tokens=CHAT[1:],
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -69,23 +68,19 @@ def make_reader(folder: Path, name: str, steps: int, seed: int) -> None:
 
 def make(folder: Path, steps: int) -> None:
     """Write ``actor/``, ``critic/``, ``train.parquet``, ``test.parquet`` and ``loops.yaml``; all or nothing."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    torch.set_num_threads(2)
-    for seed, name in enumerate(SIZES):
-        make_reader(partial, name, steps, seed)
-    symbols_BN = QUIZ.draw_prompts(2064, torch.Generator().manual_seed(len(SIZES)))
-    right_BN = QUIZ.right_tokens(symbols_BN)
-    pairs = [
-        (" ".join(f"s{k}" for k in [*symbols, symbols[0]]), " ".join(map(str, right)))
-        for symbols, right in zip((symbols_BN - FIRST_SYMBOL).tolist(), (right_BN - DIGITS).tolist(), strict=True)
-    ]
-    write_pairs(partial, "toy_quiz", pairs, test=64)
-    (partial / "loops.yaml").write_text("- name: quiz\n  _target_: recipe.asyppo.toy.quiz_loop.QuizLoop\n")
-    (partial / "made.json").write_text(json.dumps({"steps": steps}))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with all_or_nothing(folder) as partial:
+        torch.set_num_threads(2)
+        for seed, name in enumerate(SIZES):
+            make_reader(partial, name, steps, seed)
+        symbols_BN = QUIZ.draw_prompts(2064, torch.Generator().manual_seed(len(SIZES)))
+        right_BN = QUIZ.right_tokens(symbols_BN)
+        pairs = [
+            (" ".join(f"s{k}" for k in [*symbols, symbols[0]]), " ".join(map(str, right)))
+            for symbols, right in zip((symbols_BN - FIRST_SYMBOL).tolist(), (right_BN - DIGITS).tolist(), strict=True)
+        ]
+        write_pairs(partial, "toy_quiz", pairs, test=64)
+        (partial / "loops.yaml").write_text("- name: quiz\n  _target_: recipe.asyppo.toy.quiz_loop.QuizLoop\n")
+        (partial / "made.json").write_text(json.dumps({"steps": steps}))
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForTokenClassification
 from transformers.utils.logging import disable_progress_bar
 
-from recipe.asyppo.toy.make_toy import SIZES, build_tokenizer, model_config, write_pairs
+from recipe.asyppo.toy.make_toy import SIZES, all_or_nothing, build_tokenizer, model_config, write_pairs
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PROMPT, LONGEST = 4, 20
@@ -151,18 +150,14 @@ def _be_quiet() -> None:
 
 def make(folder: Path, settings: Settings) -> None:
     """Write ``actor/``, ``critic/``, ``critic_1/``, ``train.parquet`` and ``test.parquet``; all or nothing."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork"), _be_quiet) as pool:
-        pool.submit(make_reader, partial, "actor", "actor", settings.actor_steps, settings.seed, settings).result()
-        rewards = list(pool.map(make_critic, [partial] * 2, range(2), [settings] * 2))
-    pairs = Spelling(build_tokenizer()).pairs
-    random.Random(settings.seed).shuffle(pairs)
-    write_pairs(partial, "toy_spelling", pairs, test=40)
-    (partial / "made.json").write_text(json.dumps({**asdict(settings), "reward": rewards}, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with all_or_nothing(folder) as partial:
+        with ProcessPoolExecutor(2, multiprocessing.get_context("fork"), _be_quiet) as pool:
+            pool.submit(make_reader, partial, "actor", "actor", settings.actor_steps, settings.seed, settings).result()
+            rewards = list(pool.map(make_critic, [partial] * 2, range(2), [settings] * 2))
+        pairs = Spelling(build_tokenizer()).pairs
+        random.Random(settings.seed).shuffle(pairs)
+        write_pairs(partial, "toy_spelling", pairs, test=40)
+        (partial / "made.json").write_text(json.dumps({**asdict(settings), "reward": rewards}, indent=2))
 
 
 def main() -> None:

@@ -5,10 +5,11 @@ until it solves about a third of the problems, so that reinforcement learning ha
 """
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SIZES = {
     # About 0.9 and 0.1 million parameters. vLLM's CPU attention wants heads of 32 or more.
     "actor": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -42,7 +44,7 @@ def build_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=SPECIAL_TOKENS[1:],
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -145,23 +147,30 @@ def write_pairs(folder: Path, source: str, pairs: list[tuple[str, str]], *, test
         pd.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
 
 
-def make(folder: Path, *, until: float = 0.35, max_steps: int = 3000, seed: int = 0, head_dim: int = 32) -> None:
-    """Write ``actor/``, ``critic/``, ``train.parquet`` and ``test.parquet``; an interrupted run leaves nothing behind."""
+@contextlib.contextmanager
+def all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of ``folder`` once all is written."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tokenizer = build_tokenizer()
-    summary = {}
-    for index, (name, target) in enumerate((("actor", until), ("critic", 1.0))):
-        model = build_model(SIZES[name] | {"head_dim": head_dim}, tokenizer, seed + index)
-        steps = max_steps if name == "actor" else min(200, max_steps)
-        summary[name] = pretrain(model, tokenizer, until=target, max_steps=steps, seed=seed + 10 * index, name=name)
-        model.save_pretrained(partial / name)
-        tokenizer.save_pretrained(partial / name)
-    write_data(partial, seed=seed)
-    (partial / "made.json").write_text(json.dumps({"seed": seed, "start_accuracy": summary}, indent=2))
+    yield partial
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def make(folder: Path, *, until: float = 0.35, max_steps: int = 3000, seed: int = 0, head_dim: int = 32) -> None:
+    """Write ``actor/``, ``critic/``, ``train.parquet`` and ``test.parquet``; an interrupted run leaves nothing behind."""
+    with all_or_nothing(folder) as partial:
+        tokenizer = build_tokenizer()
+        summary = {}
+        for index, (name, target) in enumerate((("actor", until), ("critic", 1.0))):
+            model = build_model(SIZES[name] | {"head_dim": head_dim}, tokenizer, seed + index)
+            steps = max_steps if name == "actor" else min(200, max_steps)
+            summary[name] = pretrain(model, tokenizer, until=target, max_steps=steps, seed=seed + 10 * index, name=name)
+            model.save_pretrained(partial / name)
+            tokenizer.save_pretrained(partial / name)
+        write_data(partial, seed=seed)
+        (partial / "made.json").write_text(json.dumps({"seed": seed, "start_accuracy": summary}, indent=2))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ class QuizLoop(AgentLoopBase):
         mask: list[int] = []
         log_probs: list[float] = []
         marks: list[bool] = []
-        versions: dict[str, Any] = {}
+        outputs: list[Any] = []
         session = uuid4().hex  # all turns go to the server that holds their prefix
         for turn, truth in enumerate(truths):
             output = await self.server_manager.generate(
@@ -31,8 +31,7 @@ class QuizLoop(AgentLoopBase):
             )
             if len(output.token_ids) != 1:
                 raise RuntimeError(f"turn {turn} gave {len(output.token_ids)} tokens instead of 1: it was aborted")
-            # Weights may change between two turns: the first and the last version count.
-            versions = {**output.extra_fields, **{k: v for k, v in versions.items() if k == "min_global_steps"}}
+            outputs.append(output)
             marks.append(self.tokenizer.decode(output.token_ids) == truth)
             observation = []
             if turn < len(questions):
@@ -40,6 +39,8 @@ class QuizLoop(AgentLoopBase):
             response += [*output.token_ids, *observation]
             mask += [1] + [0] * len(observation)
             log_probs += [*(output.log_probs or []), *(0.0 for _ in observation)]
+        # Weights may change between two turns: the first and the last version count.
+        versions = {"min_global_steps": outputs[0].extra_fields["min_global_steps"]}
         return AgentLoopOutput(
             prompt_ids=prompt,
             response_ids=response,
@@ -48,5 +49,5 @@ class QuizLoop(AgentLoopBase):
             reward_score=sum(marks) / len(marks),
             num_turns=2 * len(truths),
             metrics={},
-            extra_fields={**versions, "turn_scores": [], "tool_rewards": []},
+            extra_fields={**output.extra_fields, **versions, "turn_scores": [], "tool_rewards": []},
         )
