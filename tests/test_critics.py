@@ -99,7 +99,9 @@ def cluster():
 
 
 def start(compose, ranks: int, *overrides: str, shares: int = 1, worker: type = ProbedWorker) -> RayWorkerGroup:
-    config = compose(f"trainer.n_gpus_per_node={ranks}", "critic.optim.lr=1e-2", *overrides)
+    # Adam with a small eps turns the rounding of a gradient near 0 into whole steps of the learning rate.
+    optimizer = ("critic.optim.lr=1e-2", "critic.optim.override_optimizer_config={eps: 1e-3}")
+    config = compose(f"trainer.n_gpus_per_node={ranks}", *optimizer, *overrides)
     asyppo = read_config(config)
     specs = critic_specs(critic_nodes(config, asyppo), asyppo.head_seed)
     cls = type("ProbedEnsemble", (worker,), {"specs": tuple(specs), "shares": shares})
@@ -166,13 +168,14 @@ def train(
     return group.train_mini_batch(call).get()["metrics"]
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance: float) -> bool:
-    """To the bit; with a tolerance, but for one weight in a thousand of a tensor (none of a head), since Adam's first step
-    has the sign of rounding errors where the gradient is 0.
-    """
-    if not tolerance:
-        return all(torch.equal(a[name], b[name]) for name in a)
-    return all(int((~torch.isclose(a[name], b[name], **tolerance)).sum()) <= a[name].numel() // 1000 for name in a)
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """To the bit."""
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """To a thousandth of an optimizer step of ``start``'s critics."""
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +307,7 @@ def test_law_6_the_gradient_does_not_depend_on_how_the_shard_is_cut(pair, single
     expected, norm = reached.pop(("one micro-batch", 1))
     for case, (weights, found) in reached.items():
         assert found == pytest.approx(norm, rel=1e-5), case
-        # Adam divides by the gradient's size, so a parameter whose gradient is nearly 0 shows rounding.
-        assert same(weights, expected, rtol=1e-3, atol=1e-4), case
+        assert_close(weights, expected)
 
 
 @pytest.mark.parametrize("num_critics", [1, 2])
@@ -332,8 +334,8 @@ def test_the_number_of_ranks_changes_an_update_by_the_order_of_summation_only(pa
         norms = train(group, 0, call, mini_batch=mini_batch)["grad_norm"]
         reached[group.world_size] = order, norms, group.weights()[0][0]
     assert len(norms) == steps and reached[1][0] != reached[2][0]
-    assert reached[1][1] == pytest.approx(reached[2][1], rel=1e-4)
-    assert same(reached[1][2], reached[2][2], rtol=1e-3, atol=1e-4)
+    assert reached[1][1] == pytest.approx(reached[2][1], rel=1e-5)
+    assert_close(reached[1][2], reached[2][2])
 
 
 @pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean"])
@@ -357,9 +359,9 @@ def test_law_7_fillers_neither_move_nor_scale_an_update(request, pair, single, c
     filled = rows(*first[:3], *second[:3], *first[3:], *second[3:], filler)
     told = ((3, 3), (3, 2))
     found = train(pair, 0, filled, mini_batch=6, **{RESPONSES: told})
-    assert found["grad_norm"] == pytest.approx([step["grad_norm"][0] for step in steps], rel=1e-4)
+    assert found["grad_norm"] == pytest.approx([step["grad_norm"][0] for step in steps], rel=1e-5)
     assert found["critic/vf_loss"] == pytest.approx([step["critic/vf_loss"][0] for step in steps], rel=1e-5)
-    assert same(pair.weights()[0][0], single.weights()[0][0], rtol=1e-3, atol=1e-4)
+    assert_close(pair.weights()[0][0], single.weights()[0][0])
 
     # Shuffled, twice: the response that was alone with a filler may be any, the filler never counts.
     pair.reset()
@@ -404,7 +406,7 @@ def test_in_bf16_loss_and_gradients_are_those_of_float32(half_precision, single)
     change, expected = (
         group_weights[head] - half_precision.weights()[0][0][head] for group_weights in (before, single.weights()[0][0])
     )
-    # The first step of Adam is the sign of the gradient.
+    # Adam's first step has the sign of the gradient.
     assert (change.sign() == expected.sign()).float().mean() > 0.98
 
 
@@ -435,8 +437,7 @@ def test_small_critics_can_be_kept_whole_on_every_rank(pair, whole):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     of_rank = whole.weights()
     assert same(of_rank[0][0], of_rank[1][0]), "the copies drifted apart"
-    # Adam divides by the gradient's size, so a parameter whose gradient is nearly 0 shows rounding.
-    assert same(pair.weights()[0][0], of_rank[0][0], rtol=1e-3, atol=1e-4)
+    assert_close(pair.weights()[0][0], of_rank[0][0])
 
 
 def test_fsdp1_computes_what_fsdp2_does(pair, first_generation):
@@ -451,8 +452,7 @@ def test_fsdp1_computes_what_fsdp2_does(pair, first_generation):
         norms = [train(group, index, data)["grad_norm"][0] for group in groups]
         assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     for expected, found in zip(*(group.weights()[0] for group in groups), strict=True):
-        # Adam divides by the gradient's size, so a parameter whose gradient is nearly 0 shows rounding.
-        assert same(expected, found, rtol=1e-3, atol=1e-4)
+        assert_close(expected, found)
 
 
 @pytest.mark.parametrize("strategy", ["pair", "first_generation"])
