@@ -5,20 +5,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from asyppo_verl.config import AsyPPOConfig, nearest
 
+OPEN = ("fsdp.wrap_policy", "model.override_config", "optim.override_optimizer_config")
+"""Nodes of verl's critic that take keys which verl's configuration files do not list."""
+
 GOES_FIRST = {
-    "model.path": ("model.hf_config_path", None),
-    "optim.clip_grad": ("optim.grad_clip", None),
-    "optim.lr_scheduler_type": ("optim.warmup_style", None),
-    "optim.lr_warmup_steps_ratio": ("optim.lr_warmup_steps", -1),
-    "forward_max_token_len_per_gpu": ("ppo_infer_max_token_len_per_gpu", None),
-    "forward_micro_batch_size_per_gpu": ("ppo_infer_micro_batch_size_per_gpu", None),
+    "model.path": "model.hf_config_path",
+    "optim.betas": "optim.override_optimizer_config.betas",
+    "optim.clip_grad": "optim.grad_clip",
+    "optim.lr": "optim.override_optimizer_config.lr",
+    "optim.lr_scheduler_type": "optim.warmup_style",
+    "optim.lr_warmup_steps_ratio": "optim.lr_warmup_steps",
+    "optim.weight_decay": "optim.override_optimizer_config.weight_decay",
+    "forward_max_token_len_per_gpu": "ppo_infer_max_token_len_per_gpu",
+    "forward_micro_batch_size_per_gpu": "ppo_infer_micro_batch_size_per_gpu",
 }
-"""Settings of verl's critic, those that go before them where they are set, and what unsets these."""
+"""Settings of verl's critic, and those that verl lets go before them where they are set."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +87,9 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
     # Merged from the root, so that verl's interpolations still resolve.
     merged = copy.deepcopy(config)
     OmegaConf.set_struct(merged, True)
-    OmegaConf.set_struct(merged.critic.model.override_config, False)
+    for name in OPEN:
+        if OmegaConf.is_dict(node := OmegaConf.select(merged.critic, name)):
+            OmegaConf.set_struct(node, False)
     try:
         merged.merge_with({"critic": overrides})
     except OmegaConfBaseException as error:
@@ -95,10 +103,12 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
         raise ValueError(
             f"asyppo.critic_overrides.{index}.{name} is not a setting of verl's critic node{fix}"
         ) from error
-    for name, (first, unset) in GOES_FIRST.items():
+    for name, first in GOES_FIRST.items():
         # What is set for all under another name does not silence a critic's own value.
         if _has(overrides, name) and not _has(overrides, first) and _has(merged.critic, first):
-            OmegaConf.update(merged.critic, first, unset)
+            path, _, key = first.rpartition(".")
+            with open_dict(node := OmegaConf.select(merged.critic, path) if path else merged.critic):
+                del node[key]
     key = "ulysses_sequence_parallel_size"
     if merged.critic.fsdp[key] != config.critic.fsdp[key]:
         raise ValueError(

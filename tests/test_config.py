@@ -1,5 +1,10 @@
 """AsyPPO's options, what a run is told before Ray, and the settings of single critics."""
 
+from pathlib import Path
+
+import torch
+from verl.workers.config.optimizer import build_optimizer
+
 from asyppo_verl.config import AsyPPOConfig
 from asyppo_verl.critic_settings import critic_nodes, read_config
 from asyppo_verl.critic_worker import worker_config
@@ -44,10 +49,13 @@ def test_overrides_of_single_critics(compose, toy):
     assert second.ppo_mini_batch_size == config.actor_rollout_ref.actor.ppo_mini_batch_size == 8
 
 
-def test_a_critics_own_value_is_not_silenced_by_another_name_set_for_all(compose):
+def test_a_critics_own_value_is_not_silenced_by_another_name_set_for_all(compose, toy):
     for_all = {"optim.grad_clip": 2, "optim.warmup_style": "constant", "optim.lr_warmup_steps": 7}
+    for_all |= {"optim.override_optimizer_config": "{lr: 0.1, weight_decay: 0.2, betas: [0.3, 0.4], eps: 0.5}"}
+    for_all |= {"model.hf_config_path": toy / "actor"}
     for_all |= {"ppo_infer_max_token_len_per_gpu": 5000, "ppo_infer_micro_batch_size_per_gpu": 4}
     names = {"optim.clip_grad": 0.25, "optim.lr_scheduler_type": "cosine", "optim.lr_warmup_steps_ratio": 0.5}
+    names |= {"optim.lr": 0.6, "optim.weight_decay": 0.7, "optim.betas": "[0.8, 0.9]", "model.path": toy / "critic"}
     names |= {"forward_max_token_len_per_gpu": 4000, "forward_micro_batch_size_per_gpu": 2}
     config = compose(
         *(f"++critic.{name}={value}" for name, value in for_all.items()),
@@ -59,11 +67,28 @@ def test_a_critics_own_value_is_not_silenced_by_another_name_set_for_all(compose
     for node in critic_nodes(config, read_config(config)):
         worker = worker_config(node)
         optim, engine = worker.optimizer_config, worker.engine_config
+        (adam,) = build_optimizer([torch.nn.Parameter(torch.ones(1))], optim).param_groups
         batching = engine.infer_max_token_len_per_gpu, engine.infer_micro_batch_size_per_gpu
-        found.append((optim.clip_grad, optim.lr_scheduler_type, optim.lr_warmup_steps, *batching))
-    assert found[0] == (2, "constant", 7, 5000, 4)
-    assert found[1] == (0.25, "cosine", -1, 4000, 2)
+        of_adam = adam["lr"], adam["weight_decay"], *adam["betas"], adam["eps"]
+        model = Path(worker.model_config.hf_config_path).name
+        found.append((optim.clip_grad, optim.lr_scheduler_type, optim.lr_warmup_steps, *batching, model, *of_adam))
+    assert found[0] == (2, "constant", 7, 5000, 4, "actor", 0.1, 0.2, 0.3, 0.4, 0.5)
+    assert found[1] == (0.25, "cosine", -1, 4000, 2, "critic", 0.6, 0.7, 0.8, 0.9, 0.5)
     assert found[2] == (3, *found[1][1:])
+
+
+def test_what_verl_hands_on_unread_may_have_any_key_for_one_critic(compose):
+    """Also where it is set for all critics with other keys."""
+    own = {"optim.override_optimizer_config": "{fused: true}", "model.override_config": "{rope_theta: 7}"}
+    own["fsdp.wrap_policy"] = "{transformer_layer_cls_to_wrap: [Layer]}"
+    config = compose(
+        "critic.optim.override_optimizer_config={eps: 0.5}",
+        *(f"+asyppo.critic_overrides.1.{name}={value}" for name, value in own.items()),
+    )
+    _, second = critic_nodes(config, read_config(config))
+    assert second.optim.override_optimizer_config == {"eps": 0.5, "fused": True}
+    assert second.model.override_config.rope_theta == 7
+    assert second.fsdp.wrap_policy == {"min_num_params": 0, "transformer_layer_cls_to_wrap": ["Layer"]}
 
 
 def test_a_slash_at_the_end_of_the_resumed_path_is_removed(compose, tmp_path, monkeypatch):
