@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Where critics win: a quiz of 16 questions, of whose answers the environment marks each before it asks on, with the real stack
+# Where critics are worth something: a quiz of 16 questions, of whose answers the environment marks each before it asks on, with the real stack
 # on a CPU. The reward, the share of right answers, comes after the last one: GRPO praises or blames all of them alike, a
 # critic reads the marks.
 #
 #   Hardware  that of scripts/run_asyppo_cpu.sh, which does the work and whose variables hold here too
 #   Time      models and data a minute (once), training five to nine minutes: 30 steps of 64 responses
-#   Expect    reward from 0.35 to between 0.8 and 0.9, with GRPO 0.75 to 0.8 (docs/study.md)
+#   Expect    reward from 0.35 to about 0.9, with GRPO to about 0.8 (docs/study.md)
 #
 #   ALGO=asyppo  two mini-critics that learn before they judge, algorithm.lam=0, no masks (the default)
 #   ALGO=paper   two mini-critics in the paper's order and with its masks, algorithm.lam=0.95
