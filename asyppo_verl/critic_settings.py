@@ -2,29 +2,29 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
-from asyppo_verl.config import AsyPPOConfig, nearest
+from asyppo_verl.config import OVERRIDABLE, AsyPPOConfig, nearest
 
-OPEN = ("fsdp.wrap_policy", "model.override_config", "optim.override_optimizer_config")
-"""Nodes of verl's critic that take keys which verl's configuration files do not list."""
-
-GOES_FIRST = {
-    "model.path": "model.hf_config_path",
-    "optim.betas": "optim.override_optimizer_config.betas",
-    "optim.clip_grad": "optim.grad_clip",
-    "optim.lr": "optim.override_optimizer_config.lr",
-    "optim.lr_scheduler_type": "optim.warmup_style",
-    "optim.lr_warmup_steps_ratio": "optim.lr_warmup_steps",
-    "optim.weight_decay": "optim.override_optimizer_config.weight_decay",
-    "forward_max_token_len_per_gpu": "ppo_infer_max_token_len_per_gpu",
-    "forward_micro_batch_size_per_gpu": "ppo_infer_micro_batch_size_per_gpu",
-}
-"""Settings of verl's critic, and those that verl lets go before them where they are set."""
+GOES_FIRST = (
+    ("model.path", "model.hf_config_path"),
+    ("fsdp.wrap_policy.min_num_params", "fsdp.wrap_policy.disable"),
+    ("fsdp.wrap_policy.transformer_layer_cls_to_wrap", "fsdp.wrap_policy.disable"),
+    ("fsdp.wrap_policy.transformer_layer_cls_to_wrap", "fsdp.wrap_policy.min_num_params"),
+    ("optim.betas", "optim.override_optimizer_config.betas"),
+    ("optim.clip_grad", "optim.grad_clip"),
+    ("optim.lr", "optim.override_optimizer_config.lr"),
+    ("optim.lr_scheduler_type", "optim.warmup_style"),
+    ("optim.lr_warmup_steps_ratio", "optim.lr_warmup_steps"),
+    ("optim.weight_decay", "optim.override_optimizer_config.weight_decay"),
+    ("forward_max_token_len_per_gpu", "ppo_infer_max_token_len_per_gpu"),
+    ("forward_micro_batch_size_per_gpu", "ppo_infer_micro_batch_size_per_gpu"),
+)
+"""Pairs of a setting of verl's critic and one that verl lets go before it where that is set."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +77,24 @@ def runs(config: DictConfig, asyppo: AsyPPOConfig) -> list[Run]:
     ]
 
 
+def settle(config: DictConfig, views: Sequence[Run]) -> None:
+    """Write beside a critic's own settings, in place, what verl's configuration derives from them by interpolation.
+
+    verl resolves the configuration before it builds the critics; what is derived would then be that of all critics.
+    """
+    overrides = {}
+    for run in views:
+        if run.own:
+            own, shared = (cast(dict, OmegaConf.to_container(c.critic, resolve=True)) for c in (run.config, config))
+            derived = {name: own[name] for name in OVERRIDABLE if own.get(name) != shared.get(name)}
+            for name, first in GOES_FIRST:
+                if own.get(first) is not None:
+                    derived.pop(name, None)  # verl does not look at it
+            overrides[run.critics[0]] = OmegaConf.merge(derived, run.own)
+    if overrides:
+        config.asyppo.critic_overrides = overrides
+
+
 def critic_nodes(config: DictConfig, asyppo: AsyPPOConfig) -> list[DictConfig]:
     """verl's ``critic`` node of every mini-critic; those without settings of their own share one."""
     nodes = {index: run.config.critic for run in runs(config, asyppo) for index in run.critics}
@@ -86,29 +104,14 @@ def critic_nodes(config: DictConfig, asyppo: AsyPPOConfig) -> list[DictConfig]:
 def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> DictConfig:
     # Merged from the root, so that verl's interpolations still resolve.
     merged = copy.deepcopy(config)
-    OmegaConf.set_struct(merged, True)
-    for name in OPEN:
-        if OmegaConf.is_dict(node := OmegaConf.select(merged.critic, name)):
-            OmegaConf.set_struct(node, False)
-    try:
+    _check_names(overrides, merged.critic, f"asyppo.critic_overrides.{index}")
+    with open_dict(merged):
         merged.merge_with({"critic": overrides})
-    except OmegaConfBaseException as error:
-        name = str(error.full_key or "").removeprefix("critic.")
-        known = [str(key) for key in error.parent_node or []]
-        fix = (
-            f"{nearest(str(error.key), known)}; valid: {', '.join(known)}"
-            if known
-            else f" ({str(error).splitlines()[0]})"
-        )
-        raise ValueError(
-            f"asyppo.critic_overrides.{index}.{name} is not a setting of verl's critic node{fix}"
-        ) from error
-    for name, first in GOES_FIRST.items():
-        # What is set for all under another name does not silence a critic's own value.
-        if _has(overrides, name) and not _has(overrides, first) and _has(merged.critic, first):
-            path, _, key = first.rpartition(".")
-            with open_dict(node := OmegaConf.select(merged.critic, path) if path else merged.critic):
-                del node[key]
+        for name, first in GOES_FIRST:
+            # What is set for all under another name does not silence a critic's own value.
+            if _has(overrides, name) and not _has(overrides, first) and _has(merged.critic, first):
+                path, _, key = first.rpartition(".")
+                del (OmegaConf.select(merged.critic, path) if path else merged.critic)[key]
     key = "ulysses_sequence_parallel_size"
     if merged.critic.fsdp[key] != config.critic.fsdp[key]:
         raise ValueError(
@@ -116,6 +119,21 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
             f"with the others, so all need critic.fsdp.{key}={config.critic.fsdp[key]}; remove the override"
         )
     return merged
+
+
+def _check_names(own: Mapping[str, Any], node: DictConfig, path: str) -> None:
+    """Refuse a key that neither verl's node has nor the dataclass behind it; what verl declares as a dict takes any."""
+    target = node.get("_target_")
+    types = {field.name: str(field.type) for field in dataclasses.fields(get_class(target))} if target else {}
+    for key, value in own.items():
+        if key not in node and key not in types:
+            names = list(dict.fromkeys([*map(str, node), *types]))
+            raise ValueError(
+                f"{path}.{key} is not a setting of verl's critic node{nearest(str(key), names)}; valid: {', '.join(names)}"
+            )
+        inner = node.get(key)
+        if isinstance(value, Mapping) and OmegaConf.is_dict(inner) and "dict" not in types.get(key, "").lower():
+            _check_names(value, inner, f"{path}.{key}")
 
 
 def _has(node: Any, name: str) -> bool:

@@ -1,8 +1,12 @@
 """AsyPPO's options, what a run is told before Ray, and the settings of single critics."""
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
+from omegaconf import OmegaConf
+from test_bad_input import complete, data  # noqa: F401
 from verl.workers.config.optimizer import build_optimizer
 
 from asyppo_verl.config import AsyPPOConfig
@@ -32,6 +36,20 @@ def test_other_external_modules_of_the_user_stay(compose, monkeypatch):
     config = compose()
     prepare(config)
     assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES == "mine,asyppo_verl.plugin"
+
+
+def test_modules_that_a_ray_job_names_are_left_to_it(compose, monkeypatch):
+    """Ray refuses a driver that sets a variable of its job, even to the same value."""
+    for modules in ("mine,asyppo_verl.plugin", "mine"):
+        job = {"runtime_env": {"env_vars": {"VERL_USE_EXTERNAL_MODULES": modules}}}
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+        monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", modules)
+        if modules == "mine":
+            with pytest.raises(ValueError, match="VERL_USE_EXTERNAL_MODULES=mine; add asyppo_verl"):
+                prepare(compose())
+        else:
+            prepare(config := compose())
+            assert OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") is None
 
 
 def test_overrides_of_single_critics(compose, toy):
@@ -77,18 +95,53 @@ def test_a_critics_own_value_is_not_silenced_by_another_name_set_for_all(compose
     assert found[2] == (3, *found[1][1:])
 
 
-def test_what_verl_hands_on_unread_may_have_any_key_for_one_critic(compose):
-    """Also where it is set for all critics with other keys."""
-    own = {"optim.override_optimizer_config": "{fused: true}", "model.override_config": "{rope_theta: 7}"}
+def test_one_critic_may_have_any_setting_that_verl_knows(compose):
+    """Also one that verl's files leave out, and any key of what verl hands on unread, whatever is set for all."""
+    own = {"fsdp.mixed_precision": "{reduce_dtype: bf16}", "optim.grad_clip": 3}
+    own |= {"optim.override_optimizer_config": "{fused: true}", "model.override_config": "{rope_theta: 7}"}
     own["fsdp.wrap_policy"] = "{transformer_layer_cls_to_wrap: [Layer]}"
     config = compose(
+        "~critic.fsdp.mixed_precision",
         "critic.optim.override_optimizer_config={eps: 0.5}",
         *(f"+asyppo.critic_overrides.1.{name}={value}" for name, value in own.items()),
     )
     _, second = critic_nodes(config, read_config(config))
     assert second.optim.override_optimizer_config == {"eps": 0.5, "fused": True}
     assert second.model.override_config.rope_theta == 7
-    assert second.fsdp.wrap_policy == {"min_num_params": 0, "transformer_layer_cls_to_wrap": ["Layer"]}
+    assert second.fsdp.mixed_precision == {"reduce_dtype": "bf16"} and second.optim.grad_clip == 3
+    assert second.fsdp.wrap_policy == {"transformer_layer_cls_to_wrap": ["Layer"]}
+
+
+def test_what_verl_derives_from_a_critics_own_setting_is_that_critics_when_verl_has_resolved_its_configuration(
+    complete,  # noqa: F811
+):
+    """verl's main resolves all interpolations before it builds the trainer."""
+    own = {0: "{optim: {lr: 1}}", 1: "{use_dynamic_bsz: false, ppo_micro_batch_size_per_gpu: 4}"}
+    own |= {2: "{ppo_max_token_len_per_gpu: 5000}", 3: "{ppo_max_token_len_per_gpu: 6000}"}
+    config = complete(
+        "+asyppo.num_critics=4",
+        "critic.use_dynamic_bsz=True",
+        "critic.ppo_max_token_len_per_gpu=4000",
+        *(f"+asyppo.critic_overrides.{index}={settings}" for index, settings in own.items()),
+        "+asyppo.critic_overrides.3.forward_max_token_len_per_gpu=7000",
+    )
+    expected = [OmegaConf.to_container(node, resolve=True) for node in critic_nodes(config, read_config(config))]
+    prepare(config)
+    OmegaConf.resolve(config)
+    found = critic_nodes(config, read_config(config))
+    assert [{**OmegaConf.to_container(node), "enable": None} for node in found] == expected
+    assert [node.forward_max_token_len_per_gpu for node in found] == [4000, 4000, 5000, 7000]
+    assert [node.forward_micro_batch_size_per_gpu for node in found] == [None, 4, None, None]
+
+
+def test_what_is_set_for_all_under_another_name_stays_when_verl_has_resolved_its_configuration(complete):  # noqa: F811
+    config = complete(
+        "++critic.ppo_infer_max_token_len_per_gpu=3000", "+asyppo.critic_overrides.1.ppo_max_token_len_per_gpu=5000"
+    )
+    prepare(config)
+    OmegaConf.resolve(config)
+    _, second = critic_nodes(config, read_config(config))
+    assert worker_config(second).engine_config.infer_max_token_len_per_gpu == 3000
 
 
 def test_a_slash_at_the_end_of_the_resumed_path_is_removed(compose, tmp_path, monkeypatch):

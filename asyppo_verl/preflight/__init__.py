@@ -6,15 +6,17 @@ AsyPPO adds, for verl settings that AsyPPO makes wrong, and for what verl notice
 hydra or vLLM refuse at start is left to them.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from asyppo_verl.config import PLUGIN_MODULE, TRAINER_PREFIX, AsyPPOConfig, trainer_mode
-from asyppo_verl.critic_settings import Run, read_config, runs
+from asyppo_verl.critic_settings import Run, read_config, runs, settle
 from asyppo_verl.preflight import files, gpus, models, saving, support, values
 
 logger = logging.getLogger(__name__)
@@ -64,15 +66,29 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
         logger.warning(notice)
 
     with open_dict(config):
+        settle(config, views)
         config.critic.enable = True
         # A process without the plugin does not know this name, so it stops instead of training something else.
         config.trainer.v1.trainer_mode = TRAINER_PREFIX + trainer_mode(config)
         if config.trainer.resume_mode == "resume_path":
             # verl reads the step from the end of the path, where a slash would be in its way.
             config.trainer.resume_from_path = os.path.abspath(str(resumed))
-    # verl swallows the errors of entry points, but not those of the modules named here.
-    key = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
-    modules = OmegaConf.select(config, key) or os.environ.get("VERL_USE_EXTERNAL_MODULES", "")
+    _load_plugin_in_workers(config)
+    return asyppo
+
+
+def _load_plugin_in_workers(config: DictConfig) -> None:
+    """Name the plugin in the workers' environment: verl swallows the errors of entry points, but not of modules named there."""
+    variable = "VERL_USE_EXTERNAL_MODULES"
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    of_job = ((job.get("runtime_env") or {}).get("env_vars") or {}).get(variable)
+    if of_job is not None:  # Ray refuses a driver that sets a variable of its job
+        if PLUGIN_MODULE not in of_job.split(","):
+            raise ValueError(
+                f"the runtime environment of this Ray job sets {variable}={of_job}; add {PLUGIN_MODULE} to it, or remove it"
+            )
+        return
+    key = f"ray_kwargs.ray_init.runtime_env.env_vars.{variable}"
+    modules = OmegaConf.select(config, key) or os.environ.get(variable, "")
     names = [name for name in modules.split(",") if name and name != PLUGIN_MODULE]
     OmegaConf.update(config, key, ",".join([*names, PLUGIN_MODULE]), force_add=True)
-    return asyppo
