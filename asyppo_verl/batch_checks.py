@@ -15,6 +15,9 @@ TIED = 0.1
 STEPS_WITHOUT_UPDATE = 3
 """Steps in a row in which a critic may make no finite update."""
 
+LOSS_SCALE_HALVINGS = 16
+"""As many more with fp16: torch's loss scale begins at 2**16, and each gradient that is not finite halves it."""
+
 STEPS_TO_LEARN = 50
 """Steps after which critics that explain nothing are worth a warning."""
 
@@ -67,15 +70,16 @@ def check_returns(returns_N: Tensor, is_response_N: Tensor, keys: Sequence[str],
         )
 
 
-def check_updates(index: int, idle: int, step: int) -> None:
+def check_updates(index: int, idle: int, step: int, is_scaled: bool = False) -> None:
     """Raise ValueError if a mini-critic's updates were all skipped for some steps in a row.
 
     Args:
         index: of the critic.
         idle: for how many steps now, including this one.
         step: this one.
+        is_scaled: the critic computes in fp16, so that verl scales its loss.
     """
-    if idle >= STEPS_WITHOUT_UPDATE:
+    if idle >= STEPS_WITHOUT_UPDATE + is_scaled * LOSS_SCALE_HALVINGS:
         raise ValueError(
             f"mini-critic {index} made no finite update in steps {step - idle + 1} to {step}: all its gradients were infinite "
             f"or nan. Lower critic.optim.lr (or asyppo.critic_overrides.{index}.optim.lr), or raise its lr_warmup_steps, and "

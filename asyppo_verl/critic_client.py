@@ -9,12 +9,13 @@ from typing import Any
 
 import ray
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transfer_queue import KVBatchMeta
 from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
+from verl.utils.torch_dtypes import PrecisionType
 
 from asyppo_verl import batch_checks, batch_io, mini_batches
 from asyppo_verl.config import AsyPPOConfig
@@ -39,6 +40,8 @@ class CriticClient:
             one._collect_info[MESH] = one._query_collect_info(MESH)
         nodes = critic_nodes(config, asyppo)
         self._micro_batches = [1 if node.use_dynamic_bsz else node.ppo_micro_batch_size_per_gpu for node in nodes]
+        dtypes = [OmegaConf.select(node, "fsdp.mixed_precision.param_dtype") for node in nodes]
+        self._loss_is_scaled = [PrecisionType.is_fp16(dtype) for dtype in dtypes]
         self._steps_without_update = [0] * asyppo.num_critics
         self._evaluation: Any = None
         self._updates: dict[int, Any] = {}
@@ -122,7 +125,7 @@ class CriticClient:
         skipped = sum(not math.isfinite(norm) for norm in grad_norms)
         idle = self._steps_without_update[index] + 1 if skipped == len(grad_norms) else 0
         self._steps_without_update[index] = idle
-        batch_checks.check_updates(index, idle, step)
+        batch_checks.check_updates(index, idle, step, self._loss_is_scaled[index])
         return skipped
 
     def _start(

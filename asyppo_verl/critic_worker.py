@@ -269,7 +269,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         check_critics(Path(local_path), len(self.specs), held=self.critics)
         ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         for folder, _, critic in self._folders(local_path, None):
-            contents = critic.checkpoint_config.load_contents
+            contents = critic.checkpoint_config and critic.checkpoint_config.load_contents
             check_files(Model(Path(folder), ranks, contents), [rank])
         for folder, remote, critic in self._folders(local_path, hdfs_path):
             critic.load_checkpoint(folder, remote, del_local_after_load)

@@ -13,7 +13,12 @@ T = TypeVar("T")
 
 
 def incomplete_groups(sessions: Iterable[tuple[str, str]], responses_per_prompt: int) -> int:
-    """Count the groups that have fewer sessions than asked for; ``sessions`` are (group id, session id), repeats allowed."""
+    """Count the groups that have fewer sessions than asked for, but some.
+
+    Args:
+        sessions: (group id, session id), repeats allowed.
+        responses_per_prompt: how many were asked for.
+    """
     found: dict[str, set[str]] = {}
     for group, session in sessions:
         found.setdefault(group, set()).add(session)

@@ -1,6 +1,7 @@
 """What happens around a save: older checkpoints go when the new one is complete, on every node."""
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asyppo_verl.checkpoint import TRACKER, saved_steps
+
+logger = logging.getLogger(__name__)
 
 KEEP = ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep", "remove_previous_ckpt_in_save")
 """verl's settings of how many checkpoints stay."""
@@ -28,13 +31,13 @@ def remove_old(root: Path, step: int, keep: Mapping[str, int | None]) -> None:
         paths = [root / f"global_step_{saved}" / folder for saved in saved_steps(root) if saved <= step]
         paths = [path for path in paths if path.is_dir()]
         for path in paths[:-count] if isinstance(count, int) and count > 0 else []:
-            shutil.rmtree(path, onerror=_unless_gone)
+            shutil.rmtree(path, onerror=_warn)
 
 
-def _unless_gone(_function: Any, _path: str, caught: tuple) -> None:
-    """Let pass what another node has removed that shares the disk."""
+def _warn(_function: Any, path: str, caught: tuple) -> None:
+    """Say what could not be removed, unless another node has that shares the disk; the next save tries again."""
     if not isinstance(caught[1], FileNotFoundError):
-        raise caught[1]
+        logger.warning(f"an old checkpoint stays for now: {path} cannot be removed ({caught[1]})")
 
 
 def remove_old_elsewhere(root: Path, step: int, keep: Mapping[str, int | None]) -> None:

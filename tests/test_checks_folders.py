@@ -46,6 +46,13 @@ def test_a_complete_checkpoint_is_accepted_without_a_word(resumed, caplog):
     assert "checkpoint" not in caplog.text
 
 
+def test_a_checkpoint_without_the_position_in_the_data_begins_them_anew_as_in_verl(resumed, tmp_path, caplog):
+    config = resumed(TWO_RANKS)
+    (tmp_path / "checkpoints/global_step_3/data.pt").unlink()
+    driver(config)
+    assert "data.pt is not there: verl goes on from this checkpoint at the start of the training data" in caplog.text
+
+
 @pytest.mark.parametrize("own", [(), ("+asyppo.critic_overrides.1.optim.lr=1",)])
 def test_files_of_a_rank_that_are_missing_on_one_node_are_refused(resumed, own):
     message = refusal(resumed(TWO_RANKS, *own, seen=(0,)))

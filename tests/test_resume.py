@@ -228,7 +228,6 @@ SPOILT = [
         ["trainer.n_gpus_per_node=2"],
         ["has no model_world_size_2_rank_0.pt", "model_world_size_1"],
     ),
-    ("the data position missing", lambda c: (c / "data.pt").unlink(), [], ["data.pt", "position in the training data"]),
     ("the data position cut off", lambda c: cut(c / "data.pt"), [], ["data.pt", "corrupt"]),
     ("an empty tracker", tracker_says(""), [], ["latest_checkpointed_iteration.txt names step ''", f"[{STEPS}]"]),
     ("a tracker of words", tracker_says("last"), [], ["names step 'last'", "write the step"]),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,23 @@ def test_checkpoints_that_verl_writes_in_the_background_are_left_to_it(saved):
     with older_ones_last(run, 2):
         assert run.trainer.max_actor_ckpt_to_keep == 1 and latest_step(root) == 2
     assert len(parts(root)) == 4
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_no_run(saved, monkeypatch, caplog):
+    """As where a file of it is still open on NFS; the next save tries again."""
+    root = saved(1, 2)
+    with monkeypatch.context() as patch, older_ones_last(config(root, keep=1), 3):
+        saved(3)
+        patch.setattr(os, "rmdir", partial(_refuse, "Directory not empty"))
+    assert "an old checkpoint stays for now" in caplog.text and "Directory not empty" in caplog.text
+    assert len(parts(root)) == 6
+    with older_ones_last(config(root, keep=1), 4):
+        saved(4)
+    assert parts(root) == {"4/actor", "4/critic"}
+
+
+def _refuse(reason: str, *_args: object, **_kwargs: object) -> None:
+    raise OSError(reason)
 
 
 def test_the_older_setting_keeps_one(saved):

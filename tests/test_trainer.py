@@ -3,6 +3,7 @@
 Only the critics' answers are forced, since the point is what the driver does with them.
 """
 
+import contextlib
 import math
 import tempfile
 from collections import Counter
@@ -687,6 +688,19 @@ def test_a_critic_that_makes_no_finite_update_for_three_steps_stops_the_run(comp
         found.append(metrics["asyppo/critic_1/skipped_updates"])
         assert metrics["asyppo/critic_0/skipped_updates"] == 0
     assert found == [1, 1, 1, 0, 1, 1]
+
+
+def test_a_critic_in_fp16_may_look_for_its_loss_scale(compose, clean):
+    """torch begins at 2**16 and halves it at each infinite gradient: seventeen steps until it is 1, then the usual three."""
+    batch = put_rows(RAGGED)
+    trainer = trainer_for(compose, "+asyppo.critic_overrides.1.fsdp.mixed_precision.param_dtype=fp16")
+    trainer.critic_wg = critics = ForcedCritics(force_values(batch, 2))
+    critics.grad_norms = {1: [math.inf]}
+    trainer._balance_batch(batch, {})
+    for number in range(1, 20):
+        trainer._critics.start_update(batch, trainer._shards(batch), 1)
+        with pytest.raises(ValueError, match="in steps 1 to 19") if number == 19 else contextlib.nullcontext():
+            trainer._critics.finish_update(number)
 
 
 def test_the_estimator_is_restored_even_after_an_error(compose):

@@ -88,13 +88,13 @@ def _vocabulary(tokenizer: Any, path: str) -> dict[str, int] | None:
 
 
 def check_trainable_heads(run: Run) -> Iterator[str]:
-    """Refuse LoRA critics, whose value head verl freezes; say it where critics start from one head."""
+    """Refuse LoRA critics, whose value head verl does not train; say it where critics start from one head."""
     critic = built(run, CRITIC).model
     for name, given in (("lora_rank", (critic.lora_rank or 0) > 0), ("lora_adapter_path", critic.lora_adapter_path)):
         if given:
             raise ValueError(
-                f"{run.key(f'critic.model.{name}')}={run.get(f'critic.model.{name}')}: verl freezes the value head of a LoRA "
-                "critic, which would then never learn; set critic.model.lora_rank=0, and lora_adapter_path=null"
+                f"{run.key(f'critic.model.{name}')}={run.get(f'critic.model.{name}')}: verl does not train the value head of "
+                "a LoRA critic; set critic.model.lora_rank=0, and lora_adapter_path=null"
             )
     if len(run.critics) > 1 and any("ForTokenClassification" in name for name in critic.architectures):
         yield (

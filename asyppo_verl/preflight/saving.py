@@ -74,7 +74,10 @@ def check_resume(run: Run) -> Iterator[str]:
     is_local = trainer.nnodes == 1 and (asyppo.pool.nnodes == 1 or not asyppo.critics_are_apart)
     if is_local:
         checkpoint.check_critics(folder / "critic", asyppo.num_critics)
-        checkpoint.check_archive(folder / "data.pt", "the position in the training data")
+        if (position := folder / "data.pt").exists():
+            checkpoint.check_archive(position, "the position in the training data")
+        else:
+            yield f"{position} is not there: verl goes on from this checkpoint at the start of the training data"
     unseen = []
     for model in _models(run, folder):
         if model.contents is not None and "model" not in model.contents:
