@@ -86,13 +86,25 @@ def settle(config: DictConfig, views: Sequence[Run]) -> None:
     for run in views:
         if run.own:
             own, shared = (cast(dict, OmegaConf.to_container(c.critic, resolve=True)) for c in (run.config, config))
-            derived = {name: own[name] for name in OVERRIDABLE if own.get(name) != shared.get(name)}
+            derived = {name: value for name, value in _changed(own, shared).items() if name in OVERRIDABLE}
             for name, first in GOES_FIRST:
                 if own.get(first) is not None:
                     derived.pop(name, None)  # verl does not look at it
             overrides[run.critics[0]] = OmegaConf.merge(derived, run.own)
     if overrides:
         config.asyppo.critic_overrides = overrides
+
+
+def _changed(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``own`` that ``shared`` lacks, or has otherwise."""
+    found = {}
+    for name, value in own.items():
+        other = shared.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            value = _changed(value, other) or other
+        if name not in shared or value != other:
+            found[name] = value
+    return found
 
 
 def critic_nodes(config: DictConfig, asyppo: AsyPPOConfig) -> list[DictConfig]:

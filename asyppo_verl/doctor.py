@@ -32,7 +32,9 @@ def find_problems() -> list[str]:
     problems = []
     names = {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}
     if "asyppo" not in names:
-        problems.append("verl cannot find the entry point: pip install asyppo_verl into this very environment")
+        problems.append(
+            "verl cannot find the entry point: pip install . in a clone of asyppo_verl, into this very environment"
+        )
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if policy != "auto" and "asyppo" not in [name.strip() for name in policy.split(",")]:
         problems.append(
@@ -55,11 +57,17 @@ def find_problems() -> list[str]:
     return problems
 
 
+def short_tmpdir() -> str:
+    """The folder for temporary files, or /tmp where its name leaves no room for Ray's sockets, of 107 bytes at most."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= 20 else "/tmp"
+
+
 def _find_problems_in_ray() -> list[str]:
     """The same question inside a worker of a Ray cluster started for it on this machine, or of RAY_ADDRESS."""
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
+    with tempfile.TemporaryDirectory(prefix="asyppo-ray-", dir=short_tmpdir()) as folder:
         own_cluster: dict[str, Any] = (
             {} if os.environ.get("RAY_ADDRESS") else {"_temp_dir": folder, "num_cpus": 1, "address": "local"}
         )

@@ -25,6 +25,10 @@ PYTHON=${PYTHON:-python3}
     exit 1
 }
 [ -x .venv/bin/python ] || { echo "install: creating .venv"; "$PYTHON" -m venv .venv; }
+if [ ! -f "$STAMP" ] && .venv/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is None)" 2>/dev/null; then
+    echo "install: .venv has torch for CUDA, which the pinned CPU packages would replace; give it another name than .venv" >&2
+    exit 1
+fi
 
 if ! .venv/bin/python -c "import sys, torch; sys.exit(torch.__version__.split('+')[0] != '$TORCH')" 2>/dev/null; then
     echo "install: torch $TORCH for the CPU"

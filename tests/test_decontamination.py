@@ -26,6 +26,11 @@ from recipe.asyppo.data.decontamination import Fingerprint, Index, is_near
             "How many ways are there to seat 5 people around a table with 8 chairs? Give all the steps of your reasoning.",
             "nearly",
         ),
+        (  # a number or a source around it, of which a text with few numbers must not make another problem
+            "Problem 11. How many ways are there to seat 5 people around a table with 8 chairs? (AIME 2024 I)",
+            "How many ways are there to seat 5 people around a table with 8 chairs?",
+            "nearly",
+        ),
         (
             "The answer is m/n where m and n are relatively prime positive integers. Find m+n for a die.",
             "The answer is m/n where m and n are relatively prime positive integers. Find m+n for 7 red and 9 blue coins.",

@@ -112,7 +112,7 @@ def test_a_checkpoint_is_evaluated_for_real(root, toy, finished, tmp_path):
     out = run / "evaluation/global_step_2"
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 128
-    assert not (out / "model").exists()
+    assert {path.name for path in out.iterdir()} >= {"results.md", "log"} and not (out / ".model").exists()
 
     answers = {sample["prompt"]: sample["response"] for sample in samples}
     assert len(answers) == 64 and all(answers[sample["prompt"]] == sample["response"] for sample in samples)
@@ -139,3 +139,9 @@ def test_a_checkpoint_is_evaluated_for_real(root, toy, finished, tmp_path):
     assert (out / "samples.jsonl").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds another evaluation"):
         evaluate(str(run), None, [*overrides, "actor_rollout_ref.rollout.val_kwargs.n=3"])
+    weights = run / "checkpoints/global_step_2/actor/model_world_size_1_rank_0.pt"
+    written = weights.stat()
+    os.utime(weights)
+    with pytest.raises(ValueError, match="holds another evaluation"):
+        evaluate(str(run), None, overrides)
+    os.utime(weights, ns=(written.st_atime_ns, written.st_mtime_ns))

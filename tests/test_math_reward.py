@@ -18,6 +18,10 @@ from recipe.asyppo.reward.math_reward import LONGEST_ANSWER, Graders, compute_sc
 # A line: a truth, and answers that are equal to it.
 RIGHT = r"""
 204             | 204.0 | {204} | \text{204} | \mathbf{204} | \left(204\right) | x = 204 | m+n = 204
+\pi             | \pi \approx 3.14 | x = \pi \approx 3.1416
+\sqrt{2}        | \sqrt{2} \approx 1.414 | x = \sqrt2 \approx 1.41
+7.07            | \frac{9\pi}{4} \approx 7.07
+\frac{1}{3}     | \frac13 \approx 0.333
 204             | P(3) = 204 | |AB| = 204 \text{ cm}
 27              | 27 \text{ miles} | 27 \text{ m/s}^2 | 27\,\mathrm{m}\,\mathrm{s}^{-1} 
 27              | 27 \text{ m}^{2} | 27 \text{ months} | 27 \text{ kg} \text{ m}^{-3} | 27 \text{ in} | 27 \text{ cm2}
@@ -58,6 +62,8 @@ Yes             | \text{yes}
 WRONG = r"""
 5               | .5 | 5\mathrm{i} | 5\operatorname{Id} | x < 5 | x \neq 5 | 5 \text{ or } 6 | 5 \text{ million} | (5,5)
 5               | \text{not } 5 | [0,10] | 5 \text{ pairs} | 5\mathrm{id}
+100             | 99 \approx 100 | 100 \approx 100.4 | \frac{199}{2} \approx 100
+\sqrt{2}        | \sqrt{2} \approx 1.5 | \sqrt{3} \approx 1.73
 5               | 5 = 6 | 2x = 5 | x^2 = 5 | x=5, y=6 | 5 \text{ (6 is also possible)} | 5.001 
 5               | 5 \text{ a.m.} | 5^\circ + 1 | -5 | \frac{1}{5}
 5               | 5 \text{ plus } 1 | 5 \text{ minus } 3 | 5 \text{ modulo } 7 | 5 \text{ factorial} | 5 \text{ halves}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -18,6 +19,7 @@ from matplotlib import image
 
 from recipe.asyppo.report import curves, pictures, ranges, runs, verdict
 from recipe.asyppo.report.__main__ import main
+from recipe.asyppo.report.tokens import kept
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\u2028\u202e&lt;"
 
@@ -323,6 +325,15 @@ def test_tokens_with_values_and_filters(tmp_path, opened):
     assert cards.count() == 1 and "1_0" in cards.nth(0).inner_text()
     page.locator("[name=step]").select_option("1")
     assert cards.count() == 0 and page.locator(".prompt").text_content() == "What is 1 + 1?"
+
+
+def test_a_run_that_was_moved_aside_has_no_tokens_of_the_next_one(tmp_path):
+    config = {"trainer.default_local_dir": str(tmp_path / "next/checkpoints")}
+    table = keep_tokens(tmp_path / "next", 10, [["new"]])
+    aside = SimpleNamespace(folder=tmp_path / "aside", settings=config)
+    assert len(kept(aside)) == 1 and len(table) == 1, "checkpoints that are elsewhere"
+    (tmp_path / "aside/checkpoints").mkdir(parents=True)
+    assert kept(aside) == []
 
 
 def test_lists_are_means_over_everything_that_was_kept(tmp_path, opened):

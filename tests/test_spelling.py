@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from asyppo_verl.critic_settings import read_config
 from recipe.asyppo.toy.make_spelling import LONGEST, Settings, Spelling, main, make, sample
-from recipe.asyppo.toy.make_toy import build_tokenizer
+from recipe.asyppo.toy.make_toy import all_or_nothing, build_tokenizer
 from recipe.asyppo.toy.toy_reward import compute_score
 
 SMALL = Settings(actor_steps=2, answers=64, passes=1)
@@ -104,3 +104,14 @@ def test_the_script_gives_every_critic_its_folder(root, toy, spelling, tmp_path)
     for folder, more in ((spelling, ["+asyppo.num_critics=1"]), (toy, [])):
         lines, _ = overrides(folder, *more)
         assert not any("critic_overrides" in line for line in lines)
+
+
+def test_a_folder_that_is_no_task_is_not_replaced_by_one(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    with pytest.raises(SystemExit, match="mine holds something else than a task"), all_or_nothing(tmp_path / "mine"):
+        pass
+    (tmp_path / "mine/thesis.txt").rename(tmp_path / "mine/made.json")
+    with all_or_nothing(tmp_path / "mine") as partial:
+        (partial / "made.json").write_text("{}")
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["{}"]

@@ -9,6 +9,7 @@ any other earlier run is moved aside, never overwritten. A signal that would end
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from asyppo_verl.checkpoint import latest_step
+from asyppo_verl.doctor import short_tmpdir
 from recipe.asyppo import fork_server
 
 PROGRESS = re.compile(r"Training Progress:.*")
@@ -65,6 +67,23 @@ def last_step(command: Sequence[str]) -> int | None:
     """The number that ``trainer.total_training_steps`` has in a command; None if the data decide (``null``)."""
     value = (setting(command, "trainer.total_training_steps") or "").strip("'\"")
     return int(value) if value.isdecimal() else None
+
+
+@contextlib.contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder, whose checkpoints would mix; the system lets them in when this process ends."""
+    lock = run_dir.resolve().with_name(f".{run_dir.resolve().name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(lock, "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"error: a run is going on in {run_dir}; wait for it, or choose another folder (RUN_DIR, --out)"
+            ) from None
+        except OSError:
+            pass  # a file system without locks, or a parent that cannot be written
+        yield
 
 
 def prepare(run_dir: Path, command: Sequence[str]) -> None:
@@ -118,7 +137,7 @@ def private_tmpdir() -> Iterator[dict[str, str]]:
         yield {**os.environ}
         return
     # A short name, since Ray's sockets lie below it; what is still being written to it must not keep it from going.
-    with tempfile.TemporaryDirectory(prefix="asyppo-ray-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="asyppo-ray-", dir=short_tmpdir(), ignore_cleanup_errors=True) as folder:
         yield {**os.environ, "TMPDIR": folder}
 
 
@@ -240,11 +259,16 @@ def main() -> None:
         parser.error("a training command must follow --")
     if is_question(command):
         ask(command)
-    prepare(arguments.run_dir, command)
-    try:
-        code = run(arguments.run_dir, command, verbose=arguments.verbose)
-    finally:
-        merge_history(arguments.run_dir)
+    if re.search(r"\s", sys.executable):
+        sys.exit(
+            f"error: Ray cannot start workers with {sys.executable}: put the environment where no name has white space"
+        )
+    with alone(arguments.run_dir):
+        prepare(arguments.run_dir, command)
+        try:
+            code = run(arguments.run_dir, command, verbose=arguments.verbose)
+        finally:
+            merge_history(arguments.run_dir)
     if code == 0:
         print(summary(arguments.run_dir, last_step(command)))
     sys.exit(code)

@@ -1,7 +1,8 @@
 """Decontamination: exact repeats, and training problems that are also evaluation problems.
 
 Two problems are the same if their words and numbers agree, notation aside, or nearly so: at least half of the runs of six
-words of the shorter one occur in the other, and four fifths of their numbers agree. One long common run, the usual test for
+words of the shorter one occur in the other, and four fifths of their numbers agree; or if nearly all of those runs do, as
+with a number or a source in front. One long common run, the usual test for
 prose, fails on mathematics both ways: stock phrases such as "where m and n are relatively prime positive integers, find
 m + n" are longer than 13 words, and the same sentence with other numbers is another problem. The counts are exact; an index
 of the runs of some 1,500 evaluation problems is small, and MinHash would only approximate it.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 RUN = 6
 SHARED_RUNS = 0.5
 SHARED_NUMBERS = 0.8
+ALL_RUNS = 0.95
 WORD = re.compile(r"[^\W\d_]+|\d+|[-+*/^=<>!|%]")
 # Notation without meaning, and one word for what is written in several ways.
 DROPPED = {"left", "right", "displaystyle", "limits", "quad", "qquad", "text", "mathrm", "operatorname", "boxed"}
@@ -53,8 +55,9 @@ class Fingerprint:
 
 def is_near(one: Fingerprint, other: Fingerprint) -> bool:
     """True if two problems differ in wording only; see the module."""
-    if len(one.runs & other.runs) < SHARED_RUNS * min(len(one.runs), len(other.runs)):
-        return False
+    shared = len(one.runs & other.runs) / min(len(one.runs), len(other.runs))
+    if shared < SHARED_RUNS or shared >= ALL_RUNS:
+        return shared >= ALL_RUNS
     return (one.numbers & other.numbers).total() >= SHARED_NUMBERS * (one.numbers | other.numbers).total()
 
 

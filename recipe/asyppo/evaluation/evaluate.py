@@ -62,9 +62,9 @@ def count_problems(settings: dict[str, str]) -> int:
 
 def generate(source: Source, out: Path, overrides: list[str], *, problems: int, verbose: bool) -> None:
     """Let verl sample and score, then keep every response in ``samples.jsonl``."""
-    dump, log = out / "dump", out / "log"
+    dump, log = out / ".dump", out / "log"
     shutil.rmtree(dump, ignore_errors=True)
-    with as_huggingface(source, out / "model", log) as model:
+    with as_huggingface(source, out / ".model", log) as model:
         command = [sys.executable, "-m", "verl.trainer.main_ppo", f"actor_rollout_ref.model.path={model}"]
         command += [*overrides, f"trainer.validation_data_dir={dump}", f"hydra.run.dir={out / 'hydra'}"]
         code = run(out, command, verbose=verbose)
@@ -88,7 +88,10 @@ def evaluate(target: str, out: Path | None, overrides: list[str], *, verbose: bo
     out.mkdir(parents=True, exist_ok=True)
     # How Ray is started has no part in the figures; on a CPU its folder is another one every time.
     decisive = [part for part in overrides if "ray_kwargs" not in part]
-    request = {"target": source.path, "settings": settings, "overrides": decisive}
+    data = [Path(name) for name in settings["files"].strip("[]").split(",") if name]
+    weights = [path for path in Path(source.path).glob("*") if path.suffix in (".safetensors", ".bin", ".pt")]
+    files = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in sorted([*data, *weights])}
+    request = {"target": source.path, "settings": settings, "overrides": decisive, "files": files}
     kept = out / "request.json"
     if kept.exists() and json.loads(kept.read_text()) != request:
         if (out / "samples.jsonl").exists():

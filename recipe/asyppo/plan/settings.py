@@ -36,7 +36,7 @@ def _setting(default: Any, meaning: str, **options: Any) -> Any:
 class Settings:
     """Every field but the models is an option of the command line, with the same name.
 
-    The defaults are those of the recipe, ``recipe/asyppo/run_qwen3.sh``.
+    The defaults are those of the recipe on one node, ``recipe/asyppo/run_qwen3.sh``.
     """
 
     actor: Model
@@ -69,7 +69,10 @@ class Settings:
     actor_sp: int = _setting(1, "actor.fsdp_config.ulysses_sequence_parallel_size, and that of ref")
     critic_sp: int = _setting(1, "critic.fsdp.ulysses_sequence_parallel_size")
     actor_fsdp_size: int = _setting(-1, "GPUs that share the actor's states (actor.fsdp_config.fsdp_size); -1: all")
-    critic_fsdp_size: int = _setting(-1, "GPUs that share a critic's states (critic.fsdp.fsdp_size); -1: all")
+    critic_fsdp_size: int = _setting(
+        -1,
+        "GPUs that share a critic's states (critic.fsdp.fsdp_size); -1: all; the recipe on several nodes: those of one",
+    )
     actor_offload: bool = _setting(False, "param_offload and optimizer_offload of the actor")
     critic_offload: bool = _setting(False, "param_offload and optimizer_offload of the critics")
     update_critics_first: bool = _setting(False, "mini-critics that evaluate twice (asyppo.update_critics_first=True)")

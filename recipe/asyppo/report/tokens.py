@@ -38,11 +38,11 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def kept(run: Run) -> list[Path]:
-    """The files of a run: in its folder, or where its configuration says that its checkpoints are."""
-    configured = (run.settings or {}).get("trainer.default_local_dir")
-    folders = [run.folder / "checkpoints", *([Path(configured)] if configured else [])]
-    found = ((folder / Inspect.folder).glob("step_*.parquet") for folder in folders)
-    return next(filter(None, map(sorted, found)), [])
+    """The files of a run: in its folder, or, if no checkpoints are there, where its configuration says that they are."""
+    checkpoints = run.folder / "checkpoints"
+    if not checkpoints.exists():  # a run that was moved aside would be given another one's
+        checkpoints = Path((run.settings or {}).get("trainer.default_local_dir") or checkpoints)
+    return sorted((checkpoints / Inspect.folder).glob("step_*.parquet"))
 
 
 def one_step(run: str, table: pd.DataFrame, room: int) -> tuple[dict[str, Any], int]:

@@ -30,7 +30,7 @@ UNREADABLE = re.compile(
     r"|[A-Za-z]\^\{\(\w+\)\}|(?<![\\A-Za-z])[f-h]\^\{-1\}\(|\d,\d{3}|\d\\frac\{\d+\}\{\d+\}.|\d[eE][+-]?\d|\\(?:overline|dot)\{\d"
 )
 # "x = ...", "f(x) = ...", "P(X > 1) = ...", "a + b = ...", but not "2x = ..." or "x^2 = ..."
-NAME = re.compile(r"(?=.*[A-Za-z])(?:[^]\d^()[{}-]|(?:_|\\text)\{[^{}]*\}|\([^()]*\)|\[[^][]*\])+")
+NAME = re.compile(r"(?!\\pi$)(?=.*[A-Za-z])(?:[^]\d^()[{}-]|(?:_|\\text)\{[^{}]*\}|\([^()]*\)|\[[^][]*\])+")
 EQUALS = re.compile(r"(?:=|\\in(?![a-z])|\\approx)(?![^{]*\})")
 # A value and its unit, or all and nothing. Not a unit: what changes value or statement, other signs, capitals that no unit has.
 NO_UNIT = (
@@ -85,6 +85,8 @@ def equal(truth: str, answer: str) -> bool:
     (true_name, true), (name, values) = _named(truth), _named(answer)
     bare = not name and len(values) == 1
     if (bare or name == true_name) if true_name else (len(true) == 1 and not bare):
+        if r"\approx" in answer:
+            return any(equal(true[-1], side) for side in values) and all(_is_near(true[-1], side) for side in values)
         return all(equal(true[-1], side) for side in values)
     (truth, unit), (answer, other) = (UNIT.findall(text)[0] for text in (truth, answer))
     if unit or other:
@@ -98,6 +100,15 @@ def equal(truth: str, answer: str) -> bool:
             return parsed[0] == parsed[1]
         parsed = [it.doit().as_dummy() for it in parsed]
     return verify(*parsed, 50, 100, allow_set_relation_comp=True, timeout_seconds=None)
+
+
+def _is_near(truth: str, side: str) -> bool:
+    """Equal, or one of the two is a decimal and the other, no integer, is rounded to it: 9/4 pi and 7.07."""
+    decimals = [text for text in (truth, side) if re.fullmatch(r"-?\d*\.\d+", text)]
+    if equal(truth, side) or len(decimals) != 1 or any(re.fullmatch(r"-?\d+", text) for text in (truth, side)):
+        return equal(truth, side)
+    true, value = (complex(_parse(text)) for text in (truth, side))
+    return abs(value - true) <= 0.5001 * 10.0 ** -len(decimals[0].partition(".")[2])
 
 
 @lru_cache(maxsize=4096)

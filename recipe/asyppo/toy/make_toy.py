@@ -149,7 +149,9 @@ def write_pairs(folder: Path, source: str, pairs: list[tuple[str, str]], *, test
 
 @contextlib.contextmanager
 def all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of ``folder`` once all is written."""
+    """A new folder to write into, which takes the place of ``folder`` once all is written; only one of ours is replaced."""
+    if folder.exists() and not (folder / "made.json").exists() and any(folder.iterdir()):
+        raise SystemExit(f"error: {folder} holds something else than a task; choose a new folder (TOY_DIR)")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
