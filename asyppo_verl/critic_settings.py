@@ -5,10 +5,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from asyppo_verl.config import OVERRIDABLE, AsyPPOConfig, nearest
+
+OPEN = ("fsdp.mixed_precision", "model.override_config", "optim.override_optimizer_config")
+"""Nodes of verl's critic that take any key."""
+
+UNLISTED = {
+    "fsdp": ("mixed_precision",),
+    "fsdp.wrap_policy": ("disable", "transformer_layer_cls_to_wrap"),
+    "optim": ("grad_clip",),
+}
+"""Keys that verl reads, though its configuration files do not list them."""
 
 GOES_FIRST = (
     ("model.path", "model.hf_config_path"),
@@ -116,7 +125,7 @@ def critic_nodes(config: DictConfig, asyppo: AsyPPOConfig) -> list[DictConfig]:
 def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> DictConfig:
     # Merged from the root, so that verl's interpolations still resolve.
     merged = copy.deepcopy(config)
-    _check_names(overrides, merged.critic, f"asyppo.critic_overrides.{index}")
+    _check_names(overrides, merged.critic, index)
     with open_dict(merged):
         merged.merge_with({"critic": overrides})
         for name, first in GOES_FIRST:
@@ -124,6 +133,11 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
             if _has(overrides, name) and not _has(overrides, first) and _has(merged.critic, first):
                 path, _, key = first.rpartition(".")
                 del (OmegaConf.select(merged.critic, path) if path else merged.critic)[key]
+    if merged.critic.fsdp.strategy != config.critic.fsdp.strategy:
+        raise ValueError(
+            f"asyppo.critic_overrides.{index}.fsdp.strategy={merged.critic.fsdp.strategy} would be overruled: verl takes "
+            f"critic.strategy={config.critic.strategy} for all; set that, and remove the override"
+        )
     key = "ulysses_sequence_parallel_size"
     if merged.critic.fsdp[key] != config.critic.fsdp[key]:
         raise ValueError(
@@ -133,19 +147,18 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
     return merged
 
 
-def _check_names(own: Mapping[str, Any], node: DictConfig, path: str) -> None:
-    """Refuse a key that neither verl's node has nor the dataclass behind it; what verl declares as a dict takes any."""
-    target = node.get("_target_")
-    types = {field.name: str(field.type) for field in dataclasses.fields(get_class(target))} if target else {}
+def _check_names(own: Mapping[str, Any], node: DictConfig, index: int, path: str = "") -> None:
+    """Refuse a key that verl would not read."""
+    names = [*map(str, node), *UNLISTED.get(path, ())]
     for key, value in own.items():
-        if key not in node and key not in types:
-            names = list(dict.fromkeys([*map(str, node), *types]))
+        name = f"{path}.{key}".lstrip(".")
+        if key not in names:
             raise ValueError(
-                f"{path}.{key} is not a setting of verl's critic node{nearest(str(key), names)}; valid: {', '.join(names)}"
+                f"asyppo.critic_overrides.{index}.{name} is not a setting of verl's critic node{nearest(str(key), names)}; "
+                f"valid: {', '.join(names)}"
             )
-        inner = node.get(key)
-        if isinstance(value, Mapping) and OmegaConf.is_dict(inner) and "dict" not in types.get(key, "").lower():
-            _check_names(value, inner, f"{path}.{key}")
+        if isinstance(value, Mapping) and name not in OPEN and OmegaConf.is_dict(inner := node.get(key)):
+            _check_names(value, inner, index, name)
 
 
 def _has(node: Any, name: str) -> bool:

@@ -24,7 +24,7 @@ PYTHON=${PYTHON:-python3}
     echo "install: $("$PYTHON" --version) is not supported; set PYTHON to a Python 3.11 or 3.12" >&2
     exit 1
 }
-[ -x .venv/bin/python ] || { echo "install: creating .venv"; "$PYTHON" -m venv .venv; }
+[ -x .venv/bin/python ] || { echo "install: creating .venv"; "$PYTHON" -m venv .venv; : > "$STAMP"; }
 if [ ! -f "$STAMP" ] && .venv/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is None)" 2>/dev/null; then
     echo "install: .venv has torch for CUDA, which the pinned CPU packages would replace; give it another name than .venv" >&2
     exit 1

@@ -63,7 +63,7 @@ SETTINGS = [
     (f"{OWN}.model.lora_rank=8", ["critic_overrides.1.model.lora_rank=8", "lora_rank=0"]),
     (f"{OWN}.model.path=/nowhere", ["asyppo.critic_overrides.1.model.path=/nowhere", "verl cannot use"]),
     (f"{OWN}.model.tokenizer_path=/nowhere", ["asyppo.critic_overrides.1.model", "/nowhere"]),
-    (f"{OWN}.fsdp.strategy=megatron", ["critic_overrides.1.fsdp", "strategy megatron not supported"]),
+    (f"{OWN}.fsdp.strategy=megatron", ["critic_overrides.1.fsdp.strategy=megatron", "critic.strategy=fsdp2"]),
     (f"{OWN}.fsdp.fsdp_size=x", ["critic_overrides.1.fsdp.fsdp_size='x'", "number"]),
     (f"{OWN}.use_dynamic_bsz=maybe", ["critic_overrides.1.use_dynamic_bsz='maybe'", "True or False"]),
     (

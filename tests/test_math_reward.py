@@ -63,6 +63,7 @@ WRONG = r"""
 5               | .5 | 5\mathrm{i} | 5\operatorname{Id} | x < 5 | x \neq 5 | 5 \text{ or } 6 | 5 \text{ million} | (5,5)
 5               | \text{not } 5 | [0,10] | 5 \text{ pairs} | 5\mathrm{id}
 100             | 99 \approx 100 | 100 \approx 100.4 | \frac{199}{2} \approx 100
+0.3             | \frac{1}{3} \approx 0.3
 \sqrt{2}        | \sqrt{2} \approx 1.5 | \sqrt{3} \approx 1.73
 5               | 5 = 6 | 2x = 5 | x^2 = 5 | x=5, y=6 | 5 \text{ (6 is also possible)} | 5.001 
 5               | 5 \text{ a.m.} | 5^\circ + 1 | -5 | \frac{1}{5}

@@ -82,7 +82,8 @@ def _load_plugin_in_workers(config: DictConfig) -> None:
     variable = "VERL_USE_EXTERNAL_MODULES"
     job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
     of_job = ((job.get("runtime_env") or {}).get("env_vars") or {}).get(variable)
-    if of_job is not None:  # Ray refuses a driver that sets a variable of its job
+    if of_job is not None and os.environ.get("RAY_OVERRIDE_JOB_RUNTIME_ENV") != "1":
+        # Ray refuses a driver that sets a variable of its job.
         if PLUGIN_MODULE not in of_job.split(","):
             raise ValueError(
                 f"the runtime environment of this Ray job sets {variable}={of_job}; add {PLUGIN_MODULE} to it, or remove it"

@@ -70,20 +70,22 @@ def last_step(command: Sequence[str]) -> int | None:
 
 
 @contextlib.contextmanager
-def alone(run_dir: Path) -> Iterator[None]:
-    """Keep other runs out of a run folder, whose checkpoints would mix; the system lets them in when this process ends."""
+def alone(run_dir: Path) -> Iterator[list[int]]:
+    """Keep other runs out of a run folder, whose files would mix, as long as a process has the descriptors that it yields."""
     lock = run_dir.resolve().with_name(f".{run_dir.resolve().name}.lock")
     with contextlib.ExitStack() as stack:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(lock, "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = stack.enter_context(open(lock, "w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = [file.fileno()]
         except BlockingIOError:
             raise SystemExit(
                 f"error: a run is going on in {run_dir}; wait for it, or choose another folder (RUN_DIR, --out)"
             ) from None
         except OSError:
-            pass  # a file system without locks, or a parent that cannot be written
-        yield
+            held = []  # a file system without locks, or a parent that cannot be written
+        yield held
 
 
 def prepare(run_dir: Path, command: Sequence[str]) -> None:
@@ -172,8 +174,15 @@ def passing_on_signals(process: subprocess.Popen) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
-    """Run the command, all output into ``log``; returns its exit code, or 128 + n if signal n ended it."""
+def run(run_dir: Path, command: Sequence[str], *, verbose: bool, held: Sequence[int] = ()) -> int:
+    """Run the command, all output into ``log``; returns its exit code, or 128 + n if signal n ended it.
+
+    It keeps the descriptors of :func:`alone`: were this program killed, the command would still be alone.
+    """
+    if re.search(r"\s", sys.executable):
+        sys.exit(
+            f"error: Ray cannot start workers with {sys.executable}: put the environment where no name has white space"
+        )
     tail: deque[str] = deque(maxlen=40)
     is_terminal = sys.stdout.isatty()
     print(f"starting Ray, verl and vLLM, about a minute; log in {run_dir / 'log'}", flush=True)
@@ -188,6 +197,7 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool) -> int:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            pass_fds=held,
             process_group=0,  # a terminal sends Ctrl-C to all of its group, and the command must get one signal
         ) as process,
         passing_on_signals(process) as signals,
@@ -259,14 +269,10 @@ def main() -> None:
         parser.error("a training command must follow --")
     if is_question(command):
         ask(command)
-    if re.search(r"\s", sys.executable):
-        sys.exit(
-            f"error: Ray cannot start workers with {sys.executable}: put the environment where no name has white space"
-        )
-    with alone(arguments.run_dir):
+    with alone(arguments.run_dir) as held:
         prepare(arguments.run_dir, command)
         try:
-            code = run(arguments.run_dir, command, verbose=arguments.verbose)
+            code = run(arguments.run_dir, command, verbose=arguments.verbose, held=held)
         finally:
             merge_history(arguments.run_dir)
     if code == 0:

@@ -6,6 +6,7 @@ then holds ``results.md``, ``results.json``, ``samples.jsonl`` (every response) 
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from recipe.asyppo.console import ask, is_question, run, setting
+from recipe.asyppo.console import alone, ask, is_question, run, setting
 from recipe.asyppo.evaluation import results
 from recipe.asyppo.evaluation.checkpoints import Source, as_huggingface, locate
 
@@ -27,6 +28,9 @@ SETTINGS = {
     "reward": "reward.custom_reward_function.path",
     "files": "data.val_files",
 }
+
+MODEL = ("*.safetensors", "*.bin", "*.json", "*.jinja", "model_world_size_*", "huggingface/*")
+"""The files that a model consists of, in a Hugging Face folder or an FSDP checkpoint."""
 
 
 def read_settings(overrides: list[str]) -> dict[str, str]:
@@ -63,11 +67,11 @@ def count_problems(settings: dict[str, str]) -> int:
 def generate(source: Source, out: Path, overrides: list[str], *, problems: int, verbose: bool) -> None:
     """Let verl sample and score, then keep every response in ``samples.jsonl``."""
     dump, log = out / ".dump", out / "log"
-    shutil.rmtree(dump, ignore_errors=True)
-    with as_huggingface(source, out / ".model", log) as model:
+    with alone(out) as held, as_huggingface(source, out / ".model", log) as model:
+        shutil.rmtree(dump, ignore_errors=True)
         command = [sys.executable, "-m", "verl.trainer.main_ppo", f"actor_rollout_ref.model.path={model}"]
         command += [*overrides, f"trainer.validation_data_dir={dump}", f"hydra.run.dir={out / 'hydra'}"]
-        code = run(out, command, verbose=verbose)
+        code = run(out, command, verbose=verbose, held=held)
     if code:
         sys.exit(code)
     samples = results.read_dump(dump / "0.jsonl")
@@ -88,12 +92,12 @@ def evaluate(target: str, out: Path | None, overrides: list[str], *, verbose: bo
     out.mkdir(parents=True, exist_ok=True)
     # How Ray is started has no part in the figures; on a CPU its folder is another one every time.
     decisive = [part for part in overrides if "ray_kwargs" not in part]
-    data = [Path(name) for name in settings["files"].strip("[]").split(",") if name]
-    weights = [path for path in Path(source.path).glob("*") if path.suffix in (".safetensors", ".bin", ".pt")]
-    files = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in sorted([*data, *weights])}
+    read = [*settings["files"].strip("[]").split(","), settings["reward"]]
+    read += [str(path) for pattern in MODEL for path in Path(source.path).glob(pattern)]
+    files = {name: [(stat := os.stat(name)).st_size, stat.st_mtime_ns] for name in sorted(filter(None, read))}
     request = {"target": source.path, "settings": settings, "overrides": decisive, "files": files}
     kept = out / "request.json"
-    if kept.exists() and json.loads(kept.read_text()) != request:
+    if kept.exists() and {**request, **json.loads(kept.read_text())} != request:
         if (out / "samples.jsonl").exists():
             raise ValueError(f"{out} holds another evaluation ({kept}); set OUT to another folder, or move it away")
         print(f"starting afresh: {out} holds an unfinished evaluation with other settings")

@@ -38,10 +38,11 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def kept(run: Run) -> list[Path]:
-    """The files of a run: in its folder, or, if no checkpoints are there, where its configuration says that they are."""
+    """The files of a run: in its folder, or where its configuration says that its checkpoints are."""
     checkpoints = run.folder / "checkpoints"
-    if not checkpoints.exists():  # a run that was moved aside would be given another one's
-        checkpoints = Path((run.settings or {}).get("trainer.default_local_dir") or checkpoints)
+    configured = Path((run.settings or {}).get("trainer.default_local_dir") or checkpoints)
+    if not checkpoints.exists() and not (configured.parent / "metrics.jsonl").exists():  # that of the run there
+        checkpoints = configured
     return sorted((checkpoints / Inspect.folder).glob("step_*.parquet"))
 
 

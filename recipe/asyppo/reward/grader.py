@@ -107,6 +107,8 @@ def _is_near(truth: str, side: str) -> bool:
     decimals = [text for text in (truth, side) if re.fullmatch(r"-?\d*\.\d+", text)]
     if equal(truth, side) or len(decimals) != 1 or any(re.fullmatch(r"-?\d+", text) for text in (truth, side)):
         return equal(truth, side)
+    if truth in decimals and _parse(side).is_Rational:  # 0.3 is not 1/3
+        return False
     true, value = (complex(_parse(text)) for text in (truth, side))
     return abs(value - true) <= 0.5001 * 10.0 ** -len(decimals[0].partition(".")[2])
 
