@@ -86,22 +86,19 @@ def runs(config: DictConfig, asyppo: AsyPPOConfig) -> list[Run]:
     ]
 
 
-def settle(config: DictConfig, views: Sequence[Run]) -> None:
+def settle(views: Sequence[Run]) -> None:
     """Write beside a critic's own settings, in place, what verl's configuration derives from them by interpolation.
 
     verl resolves the configuration before it builds the critics; what is derived would then be that of all critics.
     """
-    overrides = {}
-    for run in views:
-        if run.own:
-            own, shared = (cast(dict, OmegaConf.to_container(c.critic, resolve=True)) for c in (run.config, config))
-            derived = {name: value for name, value in _changed(own, shared).items() if name in OVERRIDABLE}
-            for name, first in GOES_FIRST:
-                if own.get(first) is not None:
-                    derived.pop(name, None)  # verl does not look at it
-            overrides[run.critics[0]] = OmegaConf.merge(derived, run.own)
+    (run, *apart), overrides = views, {}
+    for critic in apart:
+        own, shared = (cast(dict, OmegaConf.to_container(c.config.critic, resolve=True)) for c in (critic, run))
+        idle = {name for name, first in GOES_FIRST if own.get(first) is not None}  # verl does not look at these
+        derived = {k: v for k, v in _changed(own, shared).items() if k in OVERRIDABLE and k not in idle}
+        overrides[critic.critics[0]] = OmegaConf.merge(derived, critic.own)
     if overrides:
-        config.asyppo.critic_overrides = overrides
+        run.config.asyppo.critic_overrides = overrides
 
 
 def _changed(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:

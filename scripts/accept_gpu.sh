@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# See AsyPPO train on one GPU, in about eleven minutes (planned) after installation and without a network: the doctor, the toy task with
-# SIGKILL and resume, the Qwen3 recipe with random weights against GRPO. Ends with a table and one line of JSON.
+# See AsyPPO train on one GPU, in about eleven minutes (planned) after installation and without a network: the doctor, the
+# toy task with SIGKILL and resume, the Qwen3 recipe with random weights against GRPO. Ends with a table and one line of JSON.
 #
 #   Hardware  one NVIDIA GPU: 4B actor from 120 GiB, 1.7B from 70 GiB, 0.6B from 20 GiB; 16 cores, 64 GB of memory
 # Usage: bash scripts/accept_gpu.sh [--ppo] [FOLDER], which keeps logs and models (default runs/accept_gpu)

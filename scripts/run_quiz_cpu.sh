@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Where critics are worth something: a quiz of 16 questions, of whose answers the environment marks each before it asks on, with the real stack
-# on a CPU. The reward, the share of right answers, comes after the last one: GRPO praises or blames all of them alike, a
-# critic reads the marks.
+# Where critics are worth something: a quiz of 16 questions, of whose answers the environment marks each before it asks on,
+# with the real stack on a CPU. The reward, the share of right answers, comes after the last one: GRPO praises or blames all
+# of them alike, a critic reads the marks.
 #
 #   Hardware  that of scripts/run_asyppo_cpu.sh, which does the work and whose variables hold here too
 #   Time      models and data a minute (once), training three to nine minutes: 30 steps of 64 responses

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from omegaconf import OmegaConf
@@ -95,16 +95,12 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_no_run(saved, monkeypatc
     root = saved(1, 2)
     with monkeypatch.context() as patch, older_ones_last(config(root, keep=1), 3):
         saved(3)
-        patch.setattr(os, "rmdir", partial(_refuse, "Directory not empty"))
+        patch.setattr(os, "rmdir", Mock(side_effect=OSError("Directory not empty")))
     assert "an old checkpoint stays for now" in caplog.text and "Directory not empty" in caplog.text
     assert len(parts(root)) == 6
     with older_ones_last(config(root, keep=1), 4):
         saved(4)
     assert parts(root) == {"4/actor", "4/critic"}
-
-
-def _refuse(reason: str, *_args: object, **_kwargs: object) -> None:
-    raise OSError(reason)
 
 
 def test_the_older_setting_keeps_one(saved):

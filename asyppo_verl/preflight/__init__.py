@@ -66,7 +66,7 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
         logger.warning(notice)
 
     with open_dict(config):
-        settle(config, views)
+        settle(views)
         config.critic.enable = True
         # A process without the plugin does not know this name, so it stops instead of training something else.
         config.trainer.v1.trainer_mode = TRAINER_PREFIX + trainer_mode(config)

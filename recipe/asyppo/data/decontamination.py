@@ -2,10 +2,10 @@
 
 Two problems are the same if their words and numbers agree, notation aside, or nearly so: at least half of the runs of six
 words of the shorter one occur in the other, and four fifths of their numbers agree; or if nearly all of those runs do, as
-with a number or a source in front. One long common run, the usual test for
-prose, fails on mathematics both ways: stock phrases such as "where m and n are relatively prime positive integers, find
-m + n" are longer than 13 words, and the same sentence with other numbers is another problem. The counts are exact; an index
-of the runs of some 1,500 evaluation problems is small, and MinHash would only approximate it.
+with a number or a source in front. One long common run, the usual test for prose, fails on mathematics both ways: stock
+phrases such as "where m and n are relatively prime positive integers, find m + n" are longer than 13 words, and the same
+sentence with other numbers is another problem. The counts are exact; an index of the runs of some 1,500 evaluation problems
+is small, and MinHash would only approximate it.
 """
 
 import re
@@ -56,9 +56,8 @@ class Fingerprint:
 def is_near(one: Fingerprint, other: Fingerprint) -> bool:
     """True if two problems differ in wording only; see the module."""
     shared = len(one.runs & other.runs) / min(len(one.runs), len(other.runs))
-    if shared < SHARED_RUNS or shared >= ALL_RUNS:
-        return shared >= ALL_RUNS
-    return (one.numbers & other.numbers).total() >= SHARED_NUMBERS * (one.numbers | other.numbers).total()
+    numbers, all_numbers = (one.numbers & other.numbers).total(), (one.numbers | other.numbers).total()
+    return shared >= ALL_RUNS or (shared >= SHARED_RUNS and numbers >= SHARED_NUMBERS * all_numbers)
 
 
 class Index:

@@ -38,6 +38,11 @@ def read_settings(overrides: list[str]) -> dict[str, str]:
     return {name: value for name, key in SETTINGS.items() if (value := setting(overrides, key)) is not None}
 
 
+def problem_files(settings: dict[str, str]) -> list[str]:
+    """The names in ``data.val_files``."""
+    return [name for name in settings["files"].strip("[]").split(",") if name]
+
+
 def count_problems(settings: dict[str, str]) -> int:
     """Number of problems that verl will read from the files.
 
@@ -47,7 +52,7 @@ def count_problems(settings: dict[str, str]) -> int:
     if not Path(settings["reward"]).exists():
         raise ValueError(f"reward.custom_reward_function.path={settings['reward']} does not exist; set REWARD")
     total = 0
-    for name in filter(None, settings["files"].strip("[]").split(",")):
+    for name in problem_files(settings):
         if not Path(name).exists():
             raise ValueError(f"data.val_files: {name} does not exist; set VAL_FILES, or DATA_DIR to prepared data")
         try:
@@ -92,9 +97,9 @@ def evaluate(target: str, out: Path | None, overrides: list[str], *, verbose: bo
     out.mkdir(parents=True, exist_ok=True)
     # How Ray is started has no part in the figures; on a CPU its folder is another one every time.
     decisive = [part for part in overrides if "ray_kwargs" not in part]
-    read = [*settings["files"].strip("[]").split(","), settings["reward"]]
+    read = [*problem_files(settings), settings["reward"]]
     read += [str(path) for pattern in MODEL for path in Path(source.path).glob(pattern)]
-    files = {name: [(stat := os.stat(name)).st_size, stat.st_mtime_ns] for name in sorted(filter(None, read))}
+    files = {name: [(stat := os.stat(name)).st_size, stat.st_mtime_ns] for name in read}
     request = {"target": source.path, "settings": settings, "overrides": decisive, "files": files}
     kept = out / "request.json"
     if kept.exists() and {**request, **json.loads(kept.read_text())} != request:

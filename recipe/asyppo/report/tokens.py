@@ -41,7 +41,7 @@ def kept(run: Run) -> list[Path]:
     """The files of a run: in its folder, or where its configuration says that its checkpoints are."""
     checkpoints = run.folder / "checkpoints"
     configured = Path((run.settings or {}).get("trainer.default_local_dir") or checkpoints)
-    if not checkpoints.exists() and not (configured.parent / "metrics.jsonl").exists():  # that of the run there
+    if not checkpoints.exists() and not (configured.parent / "metrics.jsonl").exists():  # or they are of the run there
         checkpoints = configured
     return sorted((checkpoints / Inspect.folder).glob("step_*.parquet"))
 

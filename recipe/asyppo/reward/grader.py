@@ -85,9 +85,10 @@ def equal(truth: str, answer: str) -> bool:
     (true_name, true), (name, values) = _named(truth), _named(answer)
     bare = not name and len(values) == 1
     if (bare or name == true_name) if true_name else (len(true) == 1 and not bare):
-        if r"\approx" in answer:
-            return any(equal(true[-1], side) for side in values) and all(_is_near(true[-1], side) for side in values)
-        return all(equal(true[-1], side) for side in values)
+        if r"\approx" not in answer:
+            return all(equal(true[-1], side) for side in values)
+        right = [equal(true[-1], side) for side in values]
+        return any(right) and all(it or _is_near(true[-1], side) for it, side in zip(right, values, strict=True))
     (truth, unit), (answer, other) = (UNIT.findall(text)[0] for text in (truth, answer))
     if unit or other:
         return ("" in (unit, other) or unit == other) and equal(truth, answer)
@@ -103,10 +104,10 @@ def equal(truth: str, answer: str) -> bool:
 
 
 def _is_near(truth: str, side: str) -> bool:
-    """Equal, or one of the two is a decimal and the other, no integer, is rounded to it: 9/4 pi and 7.07."""
+    """True if one of the two is a decimal and the other, no integer, is rounded to it: 9/4 pi and 7.07."""
     decimals = [text for text in (truth, side) if re.fullmatch(r"-?\d*\.\d+", text)]
-    if equal(truth, side) or len(decimals) != 1 or any(re.fullmatch(r"-?\d+", text) for text in (truth, side)):
-        return equal(truth, side)
+    if len(decimals) != 1 or any(re.fullmatch(r"-?\d+", text) for text in (truth, side)):
+        return False
     if truth in decimals and _parse(side).is_Rational:  # 0.3 is not 1/3
         return False
     true, value = (complex(_parse(text)) for text in (truth, side))
