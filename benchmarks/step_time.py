@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from recipe.asyppo.console import read_metrics
+from recipe.asyppo.run_folder import read_metrics
 from recipe.asyppo.toy.make_toy import build_model, build_tokenizer, write_data
 
 ROOT = Path(__file__).resolve().parent.parent

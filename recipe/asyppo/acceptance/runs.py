@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from recipe.asyppo.console import read_metrics
 from recipe.asyppo.plan.model import BUILT_IN, Model
+from recipe.asyppo.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "run_asyppo_qwen3_4b.sh"

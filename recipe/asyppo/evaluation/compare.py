@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from recipe.asyppo.console import REWARD, SECONDS, read_metrics
 from recipe.asyppo.evaluation import results, score
+from recipe.asyppo.run_folder import REWARD, SECONDS, read_metrics
 
 CRITIC_SECONDS = ("timing_s/values", "timing_s/update_critic")
 TOKENS_PER_SECOND = "perf/throughput"

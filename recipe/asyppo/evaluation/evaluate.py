@@ -14,9 +14,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from recipe.asyppo.console import alone, ask, is_question, run, setting
+from recipe.asyppo.console import ask, is_question, run
 from recipe.asyppo.evaluation import results
 from recipe.asyppo.evaluation.checkpoints import Source, as_huggingface, locate
+from recipe.asyppo.run_folder import alone, setting
 
 COLUMNS = {"data_source", "prompt", "reward_model"}
 SETTINGS = {

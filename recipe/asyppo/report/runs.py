@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from recipe.asyppo.console import read_metrics
+from recipe.asyppo.run_folder import read_metrics
 
 PLACES = {
     "trainer.default_local_dir",
