@@ -1,6 +1,6 @@
 """The driver's calls to the mini-critics: rows, fields and ranks of each, and its answer.
 
-Every call is started and finished apart, so that critics with GPUs of their own can work while the actor does.
+Calls are started and finished apart, so that critics with GPUs of their own can work while the actor does.
 """
 
 import itertools
@@ -71,9 +71,10 @@ class CriticClient:
         ray.get(evaluation.futures)
 
     def start_update(self, batch: KVBatchMeta, shards: list[list[str]], actor_ranks: int) -> None:
-        """Train each mini-critic on its shard; one without responses in this batch sits the step out. Returns at once.
+        """Train each mini-critic on its shard; one without responses in this batch sits the step out.
 
-        The others make equally many optimizer steps: as many as verl's one critic, where no shard has fewer responses.
+        Critics with GPUs of their own are at work when this returns, those on the actor's GPUs are done. All make equally many
+        optimizer steps: as many as verl's one critic, where no shard has fewer responses.
         """
         mini_batch = self._config.critic.ppo_mini_batch_size * self._config.actor_rollout_ref.rollout.n
         if self._asyppo.num_critics == 1:
@@ -106,7 +107,7 @@ class CriticClient:
         updates, self._updates = self._updates, {}
         metrics, of_critic = {}, {}
         for index, update in updates.items():
-            answer = rename_dict(update.get()["metrics"], "critic/")
+            answer = rename_dict((update.get() if self._asyppo.critics_are_apart else update)["metrics"], "critic/")
             metrics[f"asyppo/critic_{index}/skipped_updates"] = self._skipped(index, answer["critic/grad_norm"], step)
             of_critic[index] = reduce_metrics(answer)
             for name in LOGGED_PER_CRITIC:
@@ -148,7 +149,10 @@ class CriticClient:
                 RESPONSES: responses,
             },
         )
-        self._updates[index] = self._groups[index].train_mini_batch(call)
+        update = self._groups[index].train_mini_batch(call)
+        # One at a time on the actor's workers: they have async methods, so Ray begins calls in any order, on every rank in
+        # another, and collectives of two critics would meet.
+        self._updates[index] = update if self._asyppo.critics_are_apart else update.get()
 
     def _verls_order(self, batch: KVBatchMeta, mini_batch: int, actor_ranks: int) -> list[str]:
         """Put all rows in the order in which verl cuts them into the steps of its one critic."""

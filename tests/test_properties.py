@@ -4,6 +4,7 @@ The parts have their own tests; here they are put together as a training step do
 """
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,8 +47,9 @@ class Group:
     def _query_collect_info(self, mesh: str) -> list[bool]:
         return [True] * self.world_size
 
-    def train_mini_batch(self, call: KVBatchMeta) -> None:
+    def train_mini_batch(self, call: KVBatchMeta) -> SimpleNamespace:
         self.calls.append(call)
+        return SimpleNamespace(get=dict)
 
 
 def training_calls(

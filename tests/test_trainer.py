@@ -15,16 +15,18 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import open_dict
+from ray._private.async_compat import has_async_methods
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import compute_gae_advantage_return
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from asyppo_verl import batch_io
 from asyppo_verl.adaptive_lam import AdaptiveLam
 from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage
-from asyppo_verl.critic_worker import CRITIC_ID, RESPONSES, value_field
+from asyppo_verl.critic_worker import CRITIC_ID, RESPONSES, ensemble_worker_class, value_field
 from asyppo_verl.inspection import decoder, token_texts
 from asyppo_verl.mini_batches import mini_batches
 from asyppo_verl.preflight import prepare
@@ -629,6 +631,7 @@ def whole_step(compose, *overrides: str, fails: bool = False) -> tuple[list[str]
 
 EVALUATION, UPDATE = ["evaluation begins", "evaluation ends"], ["update of 0 begins", "update of 1 begins"]
 UPDATE_ENDS = ["update of 0 ends", "update of 1 ends"]
+ONE_BY_ONE = [UPDATE[0], UPDATE_ENDS[0], UPDATE[1], UPDATE_ENDS[1]]
 POOL = ["+asyppo.placement=pool", "+asyppo.pool.n_gpus_per_node=1"]
 FIRST = ["+asyppo.update_critics_first=True"]
 
@@ -636,10 +639,10 @@ FIRST = ["+asyppo.update_critics_first=True"]
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], ["log-probs", *EVALUATION, *UPDATE, *UPDATE_ENDS, "actor"]),
+        ([], ["log-probs", *EVALUATION, *ONE_BY_ONE, "actor"]),
         (POOL, [EVALUATION[0], "log-probs", EVALUATION[1], *UPDATE, "actor", *UPDATE_ENDS]),
         ([*POOL, "trainer.critic_warmup=5"], [EVALUATION[0], "log-probs", EVALUATION[1], *UPDATE, *UPDATE_ENDS]),
-        (FIRST, ["log-probs", *EVALUATION, *UPDATE, *UPDATE_ENDS, *EVALUATION, "actor"]),
+        (FIRST, ["log-probs", *EVALUATION, *ONE_BY_ONE, *EVALUATION, "actor"]),
         (
             [*POOL, *FIRST],
             [EVALUATION[0], "log-probs", EVALUATION[1], *UPDATE, *UPDATE_ENDS, *EVALUATION, "actor"],
@@ -648,11 +651,20 @@ FIRST = ["+asyppo.update_critics_first=True"]
     ids=["colocated", "pool", "pool without the actor's update", "critics first", "pool, critics first"],
 )
 def test_who_works_when(compose, clean, overrides, expected):
-    """Critics apart are begun before the actor and waited for after it, and never later than the end of the step."""
+    """Critics apart are begun before the actor and waited for after it, and never later than the end of the step.
+
+    Those on the actor's workers, to whose calls Ray promises no order, work one by one.
+    """
     events, metrics = whole_step(compose, *overrides)
     assert events == expected
     assert metrics["critic/vf_loss"] == 0.5 and metrics["asyppo/critic_1/lr"] == 1e-3
     assert {"values", "update_critic"} <= metrics["timing"].keys()
+
+
+def test_ray_keeps_the_calls_of_critics_apart_in_order():
+    """It does for workers without async methods, and all ranks must come to the critics in one order."""
+    assert not has_async_methods(ensemble_worker_class([]))
+    assert has_async_methods(ActorRolloutRefWorker)  # so not for critics on the actor's workers
 
 
 def test_a_critic_that_fails_beside_the_actor_stops_the_step(compose, clean):
