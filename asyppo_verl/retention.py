@@ -1,6 +1,7 @@
 """What happens around a save: older checkpoints go when the new one is complete, on every node."""
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,17 +19,34 @@ KEEP = ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep", "remove_previous_ck
 """verl's settings of how many checkpoints stay."""
 
 
-def remove_old(root: Path, step: int, keep: Mapping[str, int | None]) -> None:
-    """Remove all but the newest checkpoints up to ``step``; those of earlier starts of the run count as well.
+@dataclasses.dataclass
+class Saved:
+    """Checkpoints of a run; others in its folder belong to a run that it branched off from, or to one before."""
+
+    start: int
+    """The step that it went on from; 0 if it began anew."""
+    since: list[int] = dataclasses.field(default_factory=list)
+    """The steps that it has saved since then."""
+
+    def __contains__(self, step: int) -> bool:
+        return step <= self.start or step in self.since  # those of earlier starts count as well
+
+    def below(self, root: Path) -> list[int]:
+        """Those that are there, in order."""
+        return [step for step in saved_steps(root) if step in self]
+
+
+def remove_old(root: Path, saved: Saved, keep: Mapping[str, int | None]) -> None:
+    """Remove all but the newest checkpoints of a run.
 
     Args:
         root: verl's ``trainer.default_local_dir``.
-        step: the checkpoint that was written last; later ones belong to a run that this one branched off from, and stay.
+        saved: the run's checkpoints.
         keep: how many to keep of each folder ("actor", "critic") below ``global_step_<n>``; as in verl, what is no number
             of at least 1 keeps all.
     """
     for folder, count in keep.items():
-        paths = [root / f"global_step_{saved}" / folder for saved in saved_steps(root) if saved <= step]
+        paths = [root / f"global_step_{step}" / folder for step in saved.below(root)]
         paths = [path for path in paths if path.is_dir()]
         for path in paths[:-count] if isinstance(count, int) and count > 0 else []:
             shutil.rmtree(path, onerror=_warn)
@@ -40,32 +58,30 @@ def _warn(_function: Any, path: str, caught: tuple) -> None:
         logger.warning(f"an old checkpoint stays for now: {path} cannot be removed ({caught[1]})")
 
 
-def remove_old_elsewhere(root: Path, step: int, keep: Mapping[str, int | None]) -> None:
+def remove_old_elsewhere(root: Path, saved: Saved, keep: Mapping[str, int | None]) -> None:
     """Do the same on the other nodes of the cluster, whose ranks may write to disks of their own."""
     here = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     task = ray.remote(num_cpus=0)(remove_old)
     ray.get(
         [
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(root, step, keep)
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(root, saved, keep)
             for node in others
         ]
     )
 
 
-def step_back(root: Path, step: int) -> None:
-    """Let the tracker name a checkpoint before ``step``, which is about to be written, if it names that one or a later one.
+def step_back(root: Path, saved: Saved, step: int) -> None:
+    """Let the tracker name the run's last checkpoint before ``step``, which is about to be written, if it names another.
 
-    Those belong to a run that this one branched off from. Were this run killed while it writes over one of them, the next
-    start would else take what is there for complete, or go on with the other run.
+    That belongs to another run. Were this run killed while it writes over it, the next start would else take what is there
+    for complete, or go on with the other run.
     """
     tracker = root / TRACKER
     named = tracker.read_text().strip() if tracker.exists() else ""
-    if not named.isdecimal() or int(named) < step:
+    if not named.isdecimal() or (int(named) < step and int(named) in saved):
         return
-    earlier = [
-        saved for saved in saved_steps(root) if saved < step and (root / f"global_step_{saved}" / "actor").is_dir()
-    ]
+    earlier = [one for one in saved.below(root) if one < step and (root / f"global_step_{one}" / "actor").is_dir()]
     if earlier:
         tracker.write_text(str(earlier[-1]))
     else:
@@ -73,8 +89,10 @@ def step_back(root: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def older_ones_last(config: Any, step: int) -> Iterator[None]:
+def older_ones_last(config: Any, saved: Saved, step: int) -> Iterator[None]:
     """Around verl's saving of step ``step``: the older checkpoints go when the new one is complete, and none is mixed.
+
+    ``saved`` then has the step too.
 
     verl removes them while it writes, the actor's before the critics' are there, so that a crash at that moment would leave
     nothing to resume from; and it forgets those of earlier starts. Checkpoints that verl writes in the background are
@@ -88,12 +106,13 @@ def older_ones_last(config: Any, step: int) -> Iterator[None]:
     keeps_one = given["remove_previous_ckpt_in_save"]
     keep = {folder: 1 if keeps_one else given[f"max_{folder}_ckpt_to_keep"] for folder in ("actor", "critic")}
     root = Path(trainer.default_local_dir)
-    step_back(root, step)
+    step_back(root, saved, step)
     trainer.update({name: None for name, value in given.items() if value is not None})
     try:
         yield
     finally:
         trainer.update({name: value for name, value in given.items() if value is not None})
-    remove_old(root, step, keep)
+    saved.since.append(step)
+    remove_old(root, saved, keep)
     if ray.is_initialized():
-        remove_old_elsewhere(root, step, keep)
+        remove_old_elsewhere(root, saved, keep)

@@ -29,7 +29,7 @@ from asyppo_verl.critic_client import CriticClient
 from asyppo_verl.critic_settings import critic_nodes, read_config
 from asyppo_verl.critic_worker import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
 from asyppo_verl.metrics import ensemble_metrics, mask_metrics, selection_metrics
-from asyppo_verl.retention import older_ones_last
+from asyppo_verl.retention import Saved, older_ones_last
 
 logger = logging.getLogger(__name__)
 
@@ -295,8 +295,12 @@ class AsyPPOMixin(_Base):
         finally:
             algorithm.adv_estimator = previous
 
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self._saved = Saved(start=self.global_steps)
+
     def _save_checkpoint(self) -> None:
-        with older_ones_last(self.config, self.global_steps):
+        with older_ones_last(self.config, self._saved, self.global_steps):
             super()._save_checkpoint()
 
     # -- critic update ---------------------------------------------------------------------------------------------

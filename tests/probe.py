@@ -120,7 +120,7 @@ def _watch_removal(retention: Any) -> None:
 
 
 def _watch_first_removal(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
-    if _is_time(args[1]):
+    if _is_time(args[1].since[-1]):
         wrapt.wrap_function_wrapper(shutil, "rmtree", _kill_after)
     return wrapped(*args, **kwargs)
 

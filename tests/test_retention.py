@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from asyppo_verl.checkpoint import TRACKER, latest_step
-from asyppo_verl.retention import older_ones_last
+from asyppo_verl.retention import Saved, older_ones_last
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def parts(root: Path) -> set[str]:
 def test_older_checkpoints_go_when_the_new_one_is_complete(saved):
     root = saved(1, 2)
     run = config(root, keep=1)
-    with older_ones_last(run, 3):
+    with older_ones_last(run, Saved(start=2), 3):
         assert run.trainer.max_actor_ckpt_to_keep is None and run.trainer.max_critic_ckpt_to_keep is None
         saved(3)
         assert parts(root) == {f"{step}/{part}" for step in (1, 2, 3) for part in ("actor", "critic")}
@@ -50,7 +50,7 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(saved):
 
 def test_a_checkpoint_that_cannot_be_written_costs_no_older_one(saved):
     root = saved(1, 2)
-    with pytest.raises(OSError, match="no space"), older_ones_last(config(root, keep=1), 3):
+    with pytest.raises(OSError, match="no space"), older_ones_last(config(root, keep=1), Saved(start=2), 3):
         raise OSError("no space")
     assert len(parts(root)) == 4 and latest_step(root) == 2
 
@@ -60,45 +60,47 @@ def test_no_checkpoint_counts_as_complete_while_it_is_written_over(saved):
     root = saved(5, 10)
     saved(6, 9)
     (root / TRACKER).write_text("10")
-    with pytest.raises(KeyboardInterrupt), older_ones_last(config(root), 10):
+    with pytest.raises(KeyboardInterrupt), older_ones_last(config(root), Saved(5, [6, 9]), 10):
         assert latest_step(root) == 9
         raise KeyboardInterrupt
     assert latest_step(root) == 9
-    with older_ones_last(config(root), 10):
+    with older_ones_last(config(root), Saved(5, [6, 9]), 10):
         saved(10)
     assert latest_step(root) == 10
 
 
-def test_a_run_that_begins_anew_in_a_used_folder_does_not_go_on_with_the_other_run(saved):
-    root = saved(20)
-    with pytest.raises(KeyboardInterrupt), older_ones_last(config(root), 5):
+@pytest.mark.parametrize("step", [5, 25])
+def test_a_run_that_begins_anew_in_a_used_folder_leaves_the_other_run_alone(saved, step):
+    """It neither goes on with it nor removes or counts its checkpoints, the earlier ones no more than the later ones."""
+    root, run = saved(10, 20), Saved(start=0)
+    with pytest.raises(KeyboardInterrupt), older_ones_last(config(root, keep=2), run, step):
         raise KeyboardInterrupt
     assert latest_step(root) is None
     (root / TRACKER).write_text("twenty")
-    with older_ones_last(config(root), 5):
-        saved(5)
-    assert latest_step(root) == 5 and "20/actor" in parts(root), (
-        "a later checkpoint of the other run is not ours to remove"
-    )
+    for own in (step, step + 1, step + 2):
+        with older_ones_last(config(root, keep=2), run, own):
+            saved(own)
+    kept = {path.split("/")[0] for path in parts(root)}
+    assert latest_step(root) == step + 2 and kept == {"10", "20", f"{step + 1}", f"{step + 2}"}
 
 
 def test_checkpoints_that_verl_writes_in_the_background_are_left_to_it(saved):
     root = saved(1, 2)
     run = config(root, keep=1, async_save=True)
-    with older_ones_last(run, 2):
+    with older_ones_last(run, Saved(start=1), 2):
         assert run.trainer.max_actor_ckpt_to_keep == 1 and latest_step(root) == 2
     assert len(parts(root)) == 4
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_costs_no_run(saved, monkeypatch, caplog):
     """As where a file of it is still open on NFS; the next save tries again."""
-    root = saved(1, 2)
-    with monkeypatch.context() as patch, older_ones_last(config(root, keep=1), 3):
+    root, run = saved(1, 2), Saved(start=2)
+    with monkeypatch.context() as patch, older_ones_last(config(root, keep=1), run, 3):
         saved(3)
         patch.setattr(os, "rmdir", Mock(side_effect=OSError("Directory not empty")))
     assert "an old checkpoint stays for now" in caplog.text and "Directory not empty" in caplog.text
     assert len(parts(root)) == 6
-    with older_ones_last(config(root, keep=1), 4):
+    with older_ones_last(config(root, keep=1), run, 4):
         saved(4)
     assert parts(root) == {"4/actor", "4/critic"}
 
@@ -108,7 +110,7 @@ def test_the_older_setting_keeps_one(saved):
     root = saved(1, 2)
     run = config(root)
     run.trainer.remove_previous_ckpt_in_save = True
-    with older_ones_last(run, 3):
+    with older_ones_last(run, Saved(start=2), 3):
         assert not run.trainer.remove_previous_ckpt_in_save
         saved(3)
         assert len(parts(root)) == 6
@@ -118,7 +120,7 @@ def test_the_older_setting_keeps_one(saved):
 @pytest.mark.parametrize("keep", [0, -1, None])
 def test_what_is_no_number_to_keep_keeps_all_as_in_verl(saved, keep):
     root = saved(1, 2)
-    with older_ones_last(config(root, keep), 3):
+    with older_ones_last(config(root, keep), Saved(start=2), 3):
         saved(3)
     assert len(parts(root)) == 6
 
@@ -132,19 +134,19 @@ from asyppo_verl import retention
 
 root = Path(sys.argv[1])
 
-def note(root, step, keep):
+def note(root, saved, keep):
     node = ray.get_runtime_context().get_node_id()
-    (root / node).write_text(f"{step} {keep}")
+    (root / node).write_text(f"{saved.since} {keep}")
 
 cluster = Cluster()
 for _ in range(3):
     cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address)
 retention.remove_old = note
-retention.remove_old_elsewhere(root, 7, {"actor": 1})
+retention.remove_old_elsewhere(root, retention.Saved(0, [7]), {"actor": 1})
 here = ray.get_runtime_context().get_node_id()
 asked = {path.name: path.read_text() for path in root.iterdir()}
-assert asked == {node["NodeID"]: "7 {'actor': 1}" for node in ray.nodes() if node["NodeID"] != here}, asked
+assert asked == {node["NodeID"]: "[7] {'actor': 1}" for node in ray.nodes() if node["NodeID"] != here}, asked
 assert len(asked) == 2
 print("asked")
 """
