@@ -123,7 +123,7 @@ class AsyPPOConfig:
     """
 
     num_critics: int = 2
-    """M, the number of mini-critics. 2 in the paper; with 1 the run is verl's PPO."""
+    """M, the number of mini-critics. 2 in the paper; with 1, and ``critic_lam`` as ``algorithm.lam``, the run is verl's PPO."""
 
     adv_mask_fraction: float = 0.2
     """k, the share of response tokens, those where the critics agree most, whose advantage is set to 0. 0.2 in the paper."""

@@ -153,6 +153,9 @@ def test_too_few_logical_cpus_are_refused(compose, monkeypatch, tmp_path):
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
     driver(compose("ray_kwargs.ray_init.num_cpus=null"))
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    driver(compose("ray_kwargs.ray_init.num_cpus=null"))
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
     driver(compose("ray_kwargs.ray_init.num_cpus=1"))
     assert "below the 12" in refusal(compose("ray_kwargs.ray_init.num_cpus=1", "+ray_kwargs.ray_init.address=local"))
@@ -171,6 +174,18 @@ def said(complete, caplog):  # noqa: F811
         return caplog.text
 
     return run
+
+
+def test_settings_that_verl_does_not_read_are_said(said):
+    assert "critic.grad_clip=0.5 is not read by verl; critic.optim.clip_grad=1.0 is" in said("critic.grad_clip=0.5")
+    assert "is not read by verl" not in said("critic.grad_clip=0.5", "critic.optim.clip_grad=0.5")
+    assert "critic.fsdp.ulysses_sequence_parallel_size=1 is" in said("critic.ulysses_sequence_parallel_size=2")
+
+
+def test_one_critic_with_a_lambda_of_its_own_is_said_to_be_no_ppo(said):
+    one = "+asyppo.num_critics=1"
+    assert "for that set +asyppo.critic_lam=0.9" in said(one, "algorithm.lam=0.9")
+    assert "not verl's PPO" not in said(one) + said(one, "algorithm.lam=0.9", "+asyppo.critic_lam=0.9")
 
 
 def test_an_idle_entropy_filter_is_said(said):

@@ -73,6 +73,24 @@ def test_files_of_other_nodes_are_left_to_their_ranks(resumed, tmp_path, caplog)
     assert "critic_1/optim_world_size_2_rank_0.pt is missing or corrupt" in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.n_gpus_per_node=2"], "has no model_world_size_4_rank_0.pt (it has extra_state_world_size_2"),
+        (["+asyppo.num_critics=3"], "missing ['critic_2']"),
+        (["+asyppo.num_critics=1"], "unexpected ['critic_1']"),
+    ],
+)
+def test_on_several_nodes_another_number_of_gpus_or_critics_is_seen_in_what_is_here(resumed, overrides, said):
+    assert said in refusal(resumed(*TWO_NODES, *overrides, seen=(0,)))
+
+
+def test_a_node_may_have_one_of_the_critics_where_each_has_gpus_of_its_own(resumed, tmp_path):
+    config = resumed(*TWO_NODES, "+asyppo.placement=split", "+asyppo.pool={n_gpus_per_node: 2, nnodes: 2}", seen=(0,))
+    shutil.rmtree(tmp_path / "checkpoints/global_step_3/critic/critic_1")
+    driver(config)
+
+
 def test_a_checkpoint_that_would_be_loaded_without_weights_is_refused(resumed):
     message = refusal(resumed(TWO_RANKS, "critic.checkpoint.load_contents=[hf_model]"))
     assert "checkpoint.load_contents=['hf_model'] lacks 'model'" in message and "critic_0" in message

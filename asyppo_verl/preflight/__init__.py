@@ -27,6 +27,7 @@ CHECKS: tuple[Callable[[Run], Iterator[str] | None], ...] = (
     values.check_types,
     support.check_trainer,
     values.check_values,
+    values.check_ignored,
     support.check_losses,
     support.check_selection,
     support.check_shards,

@@ -132,7 +132,8 @@ def check_cpus(run: Run) -> None:
     """
     settings = run.get("ray_kwargs.ray_init") or {}
     address = settings.get("address") or os.environ.get("RAY_ADDRESS")
-    running = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # what Ray joins unless told
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    running = Path(folder, "ray", "ray_current_cluster")  # what Ray joins unless told
     is_own = address == "local" or (address is None and run.config.trainer.nnodes == 1 and not running.exists())
     if not is_own:
         return

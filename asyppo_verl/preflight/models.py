@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -27,8 +27,12 @@ def built(run: Run, key: str) -> Any:
     """verl's own object of a node with a ``_target_``, as the workers make it: a model's with its configuration and tokenizer."""
     from hydra.errors import InstantiationException
 
+    node = cast(dict, OmegaConf.to_container(run.get(key), resolve=True))
+    for model in (node, node.get("model")):
+        if model and model.get("use_shm"):
+            model["use_shm"] = False  # the weights would be copied into this machine's memory, though the run may be elsewhere
     try:
-        return _build(OmegaConf.to_yaml(run.get(key), resolve=True))
+        return _build(OmegaConf.to_yaml(OmegaConf.create(node)))
     except InstantiationException as error:
         cause = error.__cause__
         said = " ".join(f"{type(cause).__name__} {cause or ''}".split())

@@ -78,6 +78,10 @@ def check_resume(run: Run) -> Iterator[str]:
             checkpoint.check_archive(position, "the position in the training data")
         else:
             yield f"{position} is not there: verl goes on from this checkpoint at the start of the training data"
+    else:
+        # A node that has critics has a part of every critic, unless each has GPUs of its own.
+        has_all = asyppo.placement != "split" and any((folder / "critic").glob("critic_*"))
+        checkpoint.check_critics(folder / "critic", asyppo.num_critics, held=None if has_all else ())
     unseen = []
     for model in _models(run, folder):
         if model.contents is not None and "model" not in model.contents:
@@ -87,7 +91,8 @@ def check_resume(run: Run) -> Iterator[str]:
             )
         files = f"*_world_size_{model.ranks}_rank_"
         seen = [rank for rank in range(model.ranks) if is_local or any(model.folder.glob(f"{files}{rank}.pt"))]
-        checkpoint.check_files(model, seen)
+        of_others = not seen and any(model.folder.glob("*_world_size_*"))  # files of another number of ranks
+        checkpoint.check_files(model, [0] if of_others else seen)
         if len(seen) < model.ranks:
             unseen.append(f"{len(seen)} of {model.ranks} ranks of {model.folder}")
     if unseen:

@@ -58,6 +58,12 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """What a key must be, in words, and the function that says so."""
 
+IGNORED = {
+    "critic.ulysses_sequence_parallel_size": "critic.fsdp.ulysses_sequence_parallel_size",
+    "critic.grad_clip": "critic.optim.clip_grad",
+}
+"""Settings that verl offers and does not read, and those that it reads instead."""
+
 SAMPLING = {
     "temperature": ("must be a number of 0 or more", lambda value: is_number(value) and 0 <= value < math.inf),
     "top_p": ("must be above 0 and at most 1; 1 for all tokens", lambda value: is_number(value) and 0 < value <= 1),
@@ -84,6 +90,20 @@ def default_config() -> dict[str, Any]:
     """verl's own configuration with nothing overridden, as it ships it in one file."""
     file = importlib.resources.files("verl.trainer.config") / "_generated_ppo_trainer.yaml"
     return cast(dict, OmegaConf.to_container(OmegaConf.create(file.read_text()), resolve=True))
+
+
+def check_ignored(run: Run) -> Iterator[str]:
+    """Say what verl does not read, of its own settings and of what one would expect of AsyPPO's."""
+    for key, instead in IGNORED.items():
+        given, default = run.get(key), default_config()["critic"][key.removeprefix("critic.")]
+        if given != default and given != run.get(instead):
+            yield f"{key}={given} is not read by verl; {instead}={run.get(instead)} is, set that one"
+    lam, asyppo = run.config.algorithm.lam, run.asyppo
+    if asyppo.num_critics == 1 and asyppo.critic_lam != lam:
+        yield (
+            f"asyppo.num_critics=1 with asyppo.critic_lam={asyppo.critic_lam} is not verl's PPO, whose critic learns with "
+            f"algorithm.lam={lam}; for that set +asyppo.critic_lam={lam}"
+        )
 
 
 def _misfits(given: Mapping, defaults: Mapping, prefix: str) -> Iterator[tuple[str, str]]:
