@@ -94,7 +94,7 @@ def train(folder: Path, name: str, overrides: list[str]) -> list[dict[str, float
         code = subprocess.run(command, env=environment, stdout=shown, stderr=subprocess.STDOUT).returncode
     if code:
         raise SystemExit(f"{name} ended with {code}:\n{(run_dir / 'shown').read_text()[-4000:]}")
-    return [line["data"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    return [*read_metrics(run_dir / "metrics.jsonl").values()]
 
 
 def seconds(step: dict[str, float], phase: str) -> float:

@@ -71,6 +71,12 @@ def test_a_run_without_a_critic_shows_that_it_has_no_such_figure(tmp_path):
     assert "avg@k" not in table and "minus" not in table
 
 
+def test_a_resumed_run_that_goes_on_has_all_its_steps(tmp_path):
+    run = make_run(tmp_path / "run", [step(1, r) for r in (0.1, 0.2, 0.3)], algorithm={"adv_estimator": "grpo"})
+    (run / "metrics.jsonl").rename(run / "metrics.history.jsonl")
+    assert compare.load(run)["training"]["steps"] == 3
+
+
 def test_the_latest_evaluation_of_a_run_is_shown(tmp_path):
     run = make_run(tmp_path / "run", [step(1, 0)], algorithm={"adv_estimator": "asyppo"})
     for number, right in ((9, 1), (10, 3)):

@@ -110,6 +110,8 @@ def test_a_resumed_run_has_its_earlier_steps_and_a_cut_line_is_left_out(tmp_path
     assert run.metrics["critic/score/mean"] == pytest.approx([0.411, 0.421, 0.431, 9.0, 0.451])
     assert run.not_finite == {"asyppo/explained_var": [4]} and not {"text", "table"} & run.metrics.keys()
     (folder / "metrics.jsonl").unlink()
+    assert runs.load(folder).steps == [1, 2, 3, 4]  # no new step yet
+    (folder / "metrics.history.jsonl").unlink()
     with pytest.raises(ValueError, match=r"holds no metrics.jsonl; give a run folder"):
         runs.load(folder)
 

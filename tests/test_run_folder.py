@@ -39,9 +39,18 @@ def test_an_unfinished_run_is_resumed_with_its_metrics(tmp_path, steps):
     write(run_dir, [1, 2, 3], checkpoint=2)
     prepare(run_dir, [*COMMAND, steps])
     assert (run_dir / "metrics.history.jsonl").exists() and not (run_dir / "metrics.jsonl").exists()
+    validated = {
+        "step": 2,
+        "data": {"val-core/x": 1.0},
+    }  # verl validates first, and logs that under the checkpoint's step
     write(run_dir, [3, 4], checkpoint=4)
+    after = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text(json.dumps(validated) + "\n" + after)
+    going_on = read_metrics(run_dir / "metrics.jsonl")
     merge_history(run_dir)
-    assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
+    merged = read_metrics(run_dir / "metrics.jsonl")
+    assert merged == going_on and [*merged] == [1, 2, 3, 4]
+    assert merged[2] == {"critic/score/mean": 0.2, "timing_s/step": 2.0, "val-core/x": 1.0}
     assert not (run_dir / "metrics.history.jsonl").exists()
 
 
@@ -52,7 +61,19 @@ def test_any_other_run_is_moved_aside(tmp_path, checkpoint, extra):
         write(run_dir, [1], checkpoint)
         prepare(run_dir, [*COMMAND, *extra])
         assert list(run_dir.iterdir()) == []
-        assert [line["step"] for line in read_metrics(tmp_path / f"run.{number}" / "metrics.jsonl")] == [1]
+        assert [*read_metrics(tmp_path / f"run.{number}" / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize("place", ["run", "another"])
+def test_a_checkpoint_that_is_named_is_gone_on_from_where_it_lies(tmp_path, place):
+    """Also one of a run that is finished; and one of elsewhere does not go on the run that is here."""
+    run_dir = tmp_path / "run"
+    write(run_dir, [1, 2, 3, 4, 5, 6], checkpoint=6)
+    start = tmp_path / place / "checkpoints/global_step_2"
+    start.mkdir(parents=True)
+    prepare(run_dir, [*COMMAND, "trainer.resume_mode=resume_path", f"trainer.resume_from_path='{start}'"])
+    assert start.exists() and (tmp_path / "run.1").exists() == (place != "run")
+    assert [*read_metrics(run_dir / "metrics.jsonl")] == ([1, 2, 3, 4, 5, 6] if place == "run" else [])
 
 
 def test_a_run_killed_twice_keeps_all_its_steps(tmp_path):
@@ -63,7 +84,7 @@ def test_a_run_killed_twice_keeps_all_its_steps(tmp_path):
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "da')
     prepare(run_dir, COMMAND)  # killed before it could merge
-    assert [line["step"] for line in read_metrics(run_dir / "metrics.history.jsonl")] == [1, 2, 3, 4]
+    assert [*read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_summary(tmp_path):

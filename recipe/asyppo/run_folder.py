@@ -1,8 +1,8 @@
 """A run folder: held by one run at a time, resumed or moved aside by the next, its metrics read and summed up.
 
 It holds ``metrics.jsonl`` (verl's file logger, one JSON object a step), ``checkpoints/`` and ``log``. A folder whose latest
-checkpoint is below ``trainer.total_training_steps`` (or where that is open) is resumed with its metrics kept; any other
-earlier run is moved aside, never overwritten.
+checkpoint is below ``trainer.total_training_steps`` (or where that is open), or that ``trainer.resume_from_path`` is in, is
+resumed with its metrics kept; any other earlier run is moved aside, never overwritten.
 """
 
 import contextlib
@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from asyppo_verl.checkpoint import latest_step
+
+HISTORY = ".history.jsonl"
+"""Suffix of the metrics before a resumption, while the resumed run goes on."""
 
 REWARD = "critic/score/mean"
 SECONDS = "timing_s/step"
@@ -55,15 +58,10 @@ def prepare(run_dir: Path, command: Sequence[str]) -> None:
     merge_history(run_dir)
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists() or (run_dir / "checkpoints").exists():
-        try:
-            step = latest_step(run_dir / "checkpoints")
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from error
-        is_unfinished = step and ((last := last_step(command)) is None or step < last)
-        if is_unfinished and setting(command, "trainer.resume_mode") != "disable":
-            print(f"resuming {run_dir} after step {step}")
+        if start := resumed_from(run_dir, command):
+            print(f"resuming {run_dir} after {start}")
             if metrics.exists():
-                metrics.rename(run_dir / "metrics.history.jsonl")
+                metrics.rename(metrics.with_suffix(HISTORY))
         else:
             aside = next(p for n in range(1, 10_000) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
             run_dir.rename(aside)
@@ -71,39 +69,56 @@ def prepare(run_dir: Path, command: Sequence[str]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The steps of a metrics file; a line cut off by a crash is left out."""
-    steps = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return steps
+def resumed_from(run_dir: Path, command: Sequence[str]) -> str | None:
+    """The name of the checkpoint of this folder that the command will go on from, if it will."""
+    mode = setting(command, "trainer.resume_mode")
+    if mode == "resume_path":
+        start = Path((setting(command, "trainer.resume_from_path") or "").strip("'\"")).resolve()
+        return start.name if run_dir.resolve() in start.parents else None
+    try:
+        step = latest_step(run_dir / "checkpoints") if mode != "disable" else None
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    is_unfinished = step and ((last := last_step(command)) is None or step < last)
+    return f"global_step_{step}" if is_unfinished else None
+
+
+def read_metrics(metrics: Path) -> dict[int, dict]:
+    """Step -> metrics, of a file of verl's logger and of the history that a resumption left beside it, in order of steps.
+
+    What was written last counts, key by key: verl validates when it resumes, and logs that under the step of the checkpoint.
+    A line cut off by a crash is left out.
+    """
+    steps: dict[int, dict] = {}
+    for path in (metrics.with_suffix(HISTORY), metrics):
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                steps[entry["step"]] = steps.get(entry["step"], {}) | entry["data"]
+    return dict(sorted(steps.items()))
 
 
 def merge_history(run_dir: Path) -> None:
-    """Put the steps before a resumption in front of those after it; a repeated step counts as last written."""
-    metrics, history = run_dir / "metrics.jsonl", run_dir / "metrics.history.jsonl"
+    """Put the steps before a resumption in front of those after it."""
+    metrics = run_dir / "metrics.jsonl"
+    history = metrics.with_suffix(HISTORY)
     if not history.exists():
         return
-    steps = {line["step"]: line for line in [*read_metrics(history), *read_metrics(metrics)]}
+    steps = read_metrics(metrics)
     merged = run_dir / "metrics.merged.jsonl"
-    merged.write_text("".join(json.dumps(steps[step]) + "\n" for step in sorted(steps)))
+    merged.write_text("".join(json.dumps({"step": step, "data": data}) + "\n" for step, data in steps.items()))
     merged.replace(metrics)
     history.unlink()
 
 
 def summary(run_dir: Path, wanted: int | None = None) -> str:
     """Where the files are, what the last fifth of the run shows, and that fewer steps than ``wanted`` were made."""
-    found = [line for line in read_metrics(run_dir / "metrics.jsonl") if REWARD in line["data"]]
+    found = {step: data for step, data in read_metrics(run_dir / "metrics.jsonl").items() if REWARD in data}
     lines = [f"\nrun folder   {run_dir} (metrics.jsonl, checkpoints/, log)"]
     if found:
-        lines += figures([line["data"] for line in found])
-    if found and wanted is not None and found[-1]["step"] < wanted:
-        lines.append(
-            f"ended early  after step {found[-1]['step']} of {wanted}: the data lasted for trainer.total_epochs only"
-        )
+        lines += figures([*found.values()])
+    if found and wanted is not None and (last := max(found)) < wanted:
+        lines.append(f"ended early  after step {last} of {wanted}: the data lasted for trainer.total_epochs only")
     return "\n".join(lines)
 
 

@@ -142,9 +142,7 @@ class Recipe:
 
     def steps(self) -> list[dict[str, float]]:
         """Metrics of every step so far, also of those before a resumption."""
-        files = (self.run_dir / name for name in ("metrics.history.jsonl", "metrics.jsonl"))
-        found = {line["step"]: line["data"] for file in files for line in read_metrics(file)}
-        return [found[step] for step in sorted(found) if "critic/score/mean" in found[step]]
+        return [step for step in read_metrics(self.run_dir / "metrics.jsonl").values() if "critic/score/mean" in step]
 
 
 def kill(script: subprocess.Popen) -> None:

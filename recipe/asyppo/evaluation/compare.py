@@ -42,7 +42,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the folder holds neither metrics nor an evaluation.
     """
-    steps = [line["data"] for line in read_metrics(path / "metrics.jsonl") if SECONDS in line["data"]]
+    steps = [data for data in read_metrics(path / "metrics.jsonl").values() if SECONDS in data]
     files = (
         [path / "results.json"] if (path / "results.json").exists() else (path / "evaluation").glob("*/results.json")
     )

@@ -58,16 +58,14 @@ def load(path: Path) -> Run:
         ValueError: if there is no metrics file or no step in it.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.exists():
+    logged = {step: numbers(data) for step, data in read_metrics(file).items()}
+    if not logged and not file.exists():
         raise ValueError(
             f"{path} holds no metrics.jsonl; give a run folder, or the .jsonl that trainer.logger=file wrote"
         )
-    # A resumed run that still goes on has its earlier steps beside the new ones; what was written last counts.
-    lines = [*read_metrics(file.with_suffix(".history.jsonl")), *read_metrics(file)]
-    logged = {line["step"]: numbers(line["data"]) for line in lines}
     if not logged:
         raise ValueError(f"{file} holds no step yet")
-    steps = sorted(logged)
+    steps = [*logged]
     keys = sorted({key for data in logged.values() for key in data})
     return Run(
         name=path.name if path.is_dir() else path.stem,
