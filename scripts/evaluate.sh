@@ -26,7 +26,7 @@ VAL_FILES=$(tr ',' '\n' <<< "${VAL_FILES%,}" | xargs -d '\n' realpath -m | paste
 REWARD=$(realpath -m "${REWARD:-$ROOT/recipe/asyppo/reward/math_reward.py}")
 OUT=${OUT:+$(realpath -m "$OUT")}
 cd "$ROOT"
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+source recipe/asyppo/python.sh
 CPU=()
 if [ "${VERL_PLATFORM:-}" = cpu ]; then
     RANKS=${N_GPUS:-1}
@@ -42,7 +42,9 @@ DATA=(
     data.train_batch_size=$((NNODES * N_GPUS))
     data.max_prompt_length="${MAX_PROMPT:-1024}"
     data.max_response_length="${MAX_RESPONSE:-8192}"
-    data.filter_overlong_prompts=False
+    data.filter_overlong_prompts=True
+    data.custom_cls.path="$ROOT/recipe/asyppo/evaluation/whole_prompts.py"
+    data.custom_cls.name=WholePrompts
     data.validation_shuffle=False
     reward.custom_reward_function.path="$REWARD"
     reward.reward_manager.source=importlib
@@ -74,6 +76,8 @@ TRAINER=(
     trainer.logger="[console]"
     trainer.nnodes="$NNODES"
     trainer.n_gpus_per_node="$N_GPUS"
+    transfer_queue.backend.SimpleStorage.total_storage_size=null # by default 100,000 responses, all benchmarks together
+    transfer_queue.backend.SimpleStorage.num_data_storage_units=$((NNODES * N_GPUS)) # each a logical CPU of Ray's
 )
 
 exec "$PYTHON" -m recipe.asyppo.evaluation.evaluate ${OUT:+--out "$OUT"} ${VERBOSE:+--verbose} "$TARGET" \

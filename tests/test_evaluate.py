@@ -11,13 +11,16 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
+from verl.utils.dataset.rl_dataset import get_dataset_class
 
 from recipe.asyppo.evaluation.checkpoints import as_huggingface, locate
-from recipe.asyppo.evaluation.evaluate import count_problems, evaluate, read_settings
+from recipe.asyppo.evaluation.evaluate import count_problems, evaluate, length_override, read_settings
+from recipe.asyppo.evaluation.whole_prompts import WholePrompts
 
 
 def settings(**values: object) -> dict[str, str]:
@@ -70,7 +73,49 @@ def test_the_script_is_a_valid_configuration_of_verl(root, toy, tmp_path, platfo
     validate_config(config, use_reference_policy=False, use_critic=False)
     assert config.trainer.val_only and config.trainer.resume_mode == "disable"
     assert resolve_reward_manager_cls(config).__name__ == "LabelledRewardManager"
+    assert get_dataset_class(config.data).__name__ == "WholePrompts"
     assert (config.trainer.device == "cpu") == (platform == "cpu")
+
+
+def test_a_prompt_that_would_be_cut_is_refused(toy):
+    """verl keeps the end of it, and says so in a worker's log."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "actor")
+
+    def load(longest: int) -> WholePrompts:
+        config = {
+            "filter_overlong_prompts": True,
+            "filter_overlong_prompts_workers": None,
+            "max_prompt_length": longest,
+        }
+        return WholePrompts(f"{toy}/test.parquet", tokenizer, OmegaConf.create(config))
+
+    assert len(load(16)) == 256
+    with pytest.raises(ValueError, match=r"max_prompt_length=2 would cut 256 of 256 problems.*MAX_PROMPT"):
+        load(2)
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "limit"),
+    [
+        ({"max_position_embeddings": 4096}, [], 1100),
+        ({"max_position_embeddings": 512}, [], 512),
+        ({"text_config": {"max_position_embeddings": 512}}, [], 512),
+        ({}, [], 1100),
+        ({"max_position_embeddings": 4096}, ["actor_rollout_ref.rollout.max_model_len=2000"], None),
+        (None, [], None),
+    ],
+)
+def test_the_longest_sequence_is_planned_for_and_no_more(tmp_path, config, overrides, limit):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    overrides = [
+        "data.max_prompt_length=100",
+        "data.max_response_length=9",
+        "data.max_response_length=1000",
+        *overrides,
+    ]
+    wanted = [] if limit is None else [f"actor_rollout_ref.rollout.max_model_len={limit}"]
+    assert length_override(str(tmp_path), overrides) == wanted
 
 
 def greedy(model_folder: str | Path, prompts: list[str]) -> list[str]:
@@ -92,6 +137,8 @@ def test_a_checkpoint_is_evaluated_for_real(root, toy, finished, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", run / "checkpoints")
     (tmp_path / "reward.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    if len(solution_str) == 3:\n"
+        "        raise LookupError('three')\n"
         "    is_right = len(solution_str) % 2\n"
         "    return {'score': is_right - 0.5, 'acc': is_right, 'pred': solution_str, 'spread': 0.5}\n"
     )
@@ -127,7 +174,11 @@ def test_a_checkpoint_is_evaluated_for_real(root, toy, finished, tmp_path):
 
     table = json.loads((out / "results.json").read_text())
     entry = table["benchmarks"]["toy_addition"]
-    right = sum(len(response) % 2 for response in answers.values()) / 64
+    failed = sum(len(response) == 3 for response in answers.values())
+    assert 0 < failed < 64
+    (note,) = table["notes"]
+    assert f"{2 * failed} of 128 responses count as wrong" in note and "first with LookupError: three" in note
+    right = sum(len(response) % 2 for response in answers.values() if len(response) != 3) / 64
     assert [entry[name]["value"] for name in ("avg@2", "pass@2", "maj@2")] == pytest.approx([right] * 3)
     assert table["settings"]["temperature"] == "0"
     assert (out / "results.md").read_text().strip() in done.stdout

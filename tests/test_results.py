@@ -92,12 +92,26 @@ def test_missing_responses_are_an_error(tmp_path):
         results.check_complete(samples, problems=2, k=3, log=tmp_path / "log")
 
 
-def test_a_reward_that_does_not_say_right_or_wrong_is_refused(tmp_path):
-    (tmp_path / "0.jsonl").write_text(dumped("u", 0, "p", 0.3))
-    with pytest.raises(ValueError, match=r"returned 0\.3.*acc"):
-        results.read_dump(tmp_path / "0.jsonl")
+def test_a_reward_that_does_not_say_right_or_wrong_has_a_mean_only(tmp_path):
+    rows = [dumped("u", i, "p", score, pred="2") for i, score in enumerate([0.3, 1.0])]
+    (tmp_path / "0.jsonl").write_text("".join(rows))
+    table = results.evaluate(results.read_dump(tmp_path / "0.jsonl"))
+    figures = {name: entry["value"] for name, entry in table["benchmarks"]["sums"].items() if "@" in name}
+    assert figures == {"avg@2": pytest.approx(0.65)} and table["problems"] == {"sums": {"p": [1.3, 2]}}
+    (note,) = table["notes"]
+    assert "sums: avg@k is the mean score" in note and "returned 0.3; let it return a dict with" in note
     (tmp_path / "0.jsonl").write_text(dumped("u", 0, "p", -1.0, acc=False))
     assert results.read_dump(tmp_path / "0.jsonl")[0]["correct"] is False
+
+
+def test_a_reward_that_failed_is_counted_as_wrong_and_said(tmp_path):
+    failed = json.loads(dumped("u", 1, "p", 0.0, acc=0, pred=""))
+    failed["label"] = json.dumps({**json.loads(failed["label"]), "failure": "KeyError: 'x'"})
+    (tmp_path / "0.jsonl").write_text(dumped("u", 0, "p", 1.0, acc=1, pred="2") + json.dumps(failed) + "\n")
+    table = results.evaluate(results.read_dump(tmp_path / "0.jsonl"))
+    assert table["benchmarks"]["sums"]["avg@2"]["value"] == 0.5 and table["benchmarks"]["sums"]["maj@2"]["value"] == 1
+    (note,) = table["notes"]
+    assert "sums: 1 of 2 responses count as wrong" in note and "first with KeyError: 'x'" in note
 
 
 def test_a_problem_is_named_by_what_it_asks():

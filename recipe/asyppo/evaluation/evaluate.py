@@ -6,6 +6,7 @@ then holds ``results.md``, ``results.json``, ``samples.jsonl`` (every response) 
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -70,13 +71,29 @@ def count_problems(settings: dict[str, str]) -> int:
     return min(total, limit) if limit > 0 else total
 
 
+def length_override(model: str, overrides: list[str]) -> list[str]:
+    """The longest sequence as vLLM's limit: by default it is the model's, whose cache not every card holds."""
+    key, config = "actor_rollout_ref.rollout.max_model_len", Path(model, "config.json")
+    lengths = [setting(overrides, f"data.max_{part}_length") for part in ("prompt", "response")]
+    if setting(overrides, key) or None in lengths or not config.exists():  # a name on the hub keeps the default
+        return []
+    facts = json.loads(config.read_text())
+    most = facts.get("text_config", facts).get("max_position_embeddings", math.inf)
+    return [f"{key}={min(sum(map(int, filter(None, lengths))), most)}"]
+
+
 def generate(source: Source, out: Path, overrides: list[str], *, problems: int, verbose: bool) -> None:
     """Let verl sample and score, then keep every response in ``samples.jsonl``."""
     dump, log = out / ".dump", out / "log"
     with alone(out) as held, as_huggingface(source, out / ".model", log) as model:
         shutil.rmtree(dump, ignore_errors=True)
         command = [sys.executable, "-m", "verl.trainer.main_ppo", f"actor_rollout_ref.model.path={model}"]
-        command += [*overrides, f"trainer.validation_data_dir={dump}", f"hydra.run.dir={out / 'hydra'}"]
+        command += [
+            *overrides,
+            *length_override(model, overrides),
+            f"trainer.validation_data_dir={dump}",
+            f"hydra.run.dir={out / 'hydra'}",
+        ]
         code = run(out, command, verbose=verbose, held=held)
     if code:
         sys.exit(code)

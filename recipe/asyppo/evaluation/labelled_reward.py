@@ -5,9 +5,12 @@ Chosen by ``scripts/evaluate.sh`` through ``reward.reward_manager.source=importl
 
 import hashlib
 import json
+import logging
 
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+
+logger = logging.getLogger(__name__)
 
 LABEL = "label"
 
@@ -21,11 +24,18 @@ def problem_id(data_source: str, prompt: list[dict], ground_truth: object) -> st
 class LabelledRewardManager(NaiveRewardManager):
     """verl's scores; all that the reward function returns goes into one label, next to benchmark and problem.
 
-    A label is a string, since verl spends a bootstrap in pure Python on every numeric entry of its validation.
+    A label is a string, since verl spends a bootstrap in pure Python on every numeric entry of its validation. A response
+    whose reward function fails is wrong, and labelled; verl would drop it.
     """
 
     async def run_single(self, data: DataProto) -> dict:
-        scored = await super().run_single(data)
+        failure = {}
+        try:
+            scored = await super().run_single(data)
+        except Exception as error:
+            logger.exception("the reward function failed")
+            failure = {"failure": f"{type(error).__name__}: {error}"}
+            scored = {"reward_score": 0.0, "reward_extra_info": {"acc": 0, "pred": ""}}
         item = data[-1]
         response = item.batch["responses"]
         response = response[: int(item.batch["attention_mask"][-len(response) :].sum())]
@@ -39,6 +49,7 @@ class LabelledRewardManager(NaiveRewardManager):
             # A response that the model ends itself ends with a special token, which is among its tokens.
             "truncated": not (len(response) and int(response[-1]) in self.tokenizer.all_special_ids),
             "reward": scored["reward_extra_info"],
+            **failure,
         }
         return {**scored, "reward_extra_info": {LABEL: json.dumps(label, default=_plain)}}
 

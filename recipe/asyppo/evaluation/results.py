@@ -39,9 +39,10 @@ def read_dump(path: Path) -> list[dict]:
             {
                 **label,
                 "prompt_uid": row["uid"].rsplit("_", 2)[0],
-                "correct": is_right(reward.get("acc", row["score"])),
+                "correct": as_right(reward.get("acc", row["score"])),
                 "score": row["score"],
                 **({"answer": reward["pred"]} if "pred" in reward else {}),
+                **({"failure": label["failure"]} if "failure" in label else {}),
                 "ground_truth": row["gts"],
                 "prompt": row["input"],
                 "response": row["output"],
@@ -50,18 +51,9 @@ def read_dump(path: Path) -> list[dict]:
     return samples
 
 
-def is_right(value: object) -> bool:
-    """True for right, False for wrong, as a reward says.
-
-    Raises:
-        ValueError: if it says something in between.
-    """
-    if value not in (0, 1):
-        raise ValueError(
-            f"pass@k needs to know which answers are right, but the reward function returned {value!r}; "
-            "let it return a dict with `score` and `acc`, where acc is 0 or 1"
-        )
-    return bool(value)
+def as_right(value: object) -> bool | None:
+    """True for right, False for wrong, as a reward says; None if it says something in between."""
+    return bool(value) if value in (0, 1) else None
 
 
 def check_complete(samples: list[dict], *, problems: int, k: int, log: Path) -> None:
@@ -100,23 +92,42 @@ def evaluate(samples: Iterable[Mapping[str, Any]], *, seed: int = 0) -> dict:
             "response_tokens": float(np.mean([sample["tokens"] for sample in flat])),
             "truncated": float(np.mean([sample["truncated"] for sample in flat])),
         }
-        right = {problem: [sum(s["correct"] for s in group), len(group)] for problem, group in grouped[name].items()}
-        problems[name] = right
+        key = "score" if is_graded(flat) else "correct"
+        problems[name] = {problem: [sum(s[key] for s in group), len(group)] for problem, group in grouped[name].items()}
     table, average = score.estimate(columns, seed=seed)
     return {
         "benchmarks": {name: facts[name] | _plain(table[name]) for name in table},
         "average": _plain(average),
-        "notes": _notes(table),
+        "notes": _notes(grouped, table),
         "problems": problems,
     }
 
 
-def _notes(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The reasons why figures are missing."""
-    silent = [name for name, entry in table.items() if not any(key.startswith("maj@") for key in entry)]
-    notes = []
+def is_graded(samples: Iterable[Mapping[str, Any]]) -> bool:
+    """True if the reward of some sample says something between right and wrong."""
+    return any(sample["correct"] is None for sample in samples)
+
+
+def _notes(grouped: Mapping[str, Mapping[str, list]], table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The reasons why figures are missing, or less than they look."""
+    notes, silent = [], []
+    for name, per_problem in grouped.items():
+        flat = [sample for group in per_problem.values() for sample in group]
+        if failures := [sample["failure"] for sample in flat if "failure" in sample]:
+            notes.append(
+                f"{name}: {len(failures)} of {len(flat)} responses count as wrong because the reward function failed, "
+                f"first with {failures[0]}"
+            )
+        if is_graded(flat):
+            between = next(sample["score"] for sample in flat if sample["correct"] is None)
+            notes.append(
+                f"{name}: avg@k is the mean score, and pass@k and maj@k are not available: the reward function returned "
+                f"{between!r}; let it return a dict with `score` and `acc`, where acc is 0 or 1"
+            )
+        elif not any(key.startswith("maj@") for key in table[name]):
+            silent.append(name)
     if silent:
-        notes.append(NO_MAJORITY if len(silent) == len(table) else f"{NO_MAJORITY} ({', '.join(silent)})")
+        notes.append(NO_MAJORITY if len(silent) == len(table) else f"{NO_MAJORITY} ({', '.join(sorted(silent))})")
     return notes + unequal_k(table)
 
 
@@ -128,9 +139,11 @@ def unequal_k(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _columns(per_problem: list[list[Mapping[str, Any]]]) -> dict[str, list[float]]:
-    """One value a problem for avg@n, pass@k and, where answers are known, maj@n."""
+    """One value a problem for avg@n and, where it is known which answers are right, pass@k and, where they are known, maj@n."""
+    n = min(map(len, per_problem))
+    if any(map(is_graded, per_problem)):
+        return {f"avg@{n}": [float(np.mean([sample["score"] for sample in group])) for group in per_problem]}
     counts = [(sum(sample["correct"] for sample in group), len(group)) for group in per_problem]
-    n = min(samples for _, samples in counts)
     columns = {f"avg@{n}": [right / samples for right, samples in counts]}
     for k in score.powers(n):
         columns[f"pass@{k}"] = [score.pass_at_k(right, samples, k) for right, samples in counts]
