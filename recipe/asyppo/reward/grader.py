@@ -92,7 +92,7 @@ def equal(truth: str, answer: str) -> bool:
     (truth, unit), (answer, other) = (UNIT.findall(text)[0] for text in (truth, answer))
     if unit or other:
         return ("" in (unit, other) or unit == other) and equal(truth, answer)
-    if re.fullmatch(r"[A-Za-z]{4,}|(?i:yes|no)", truth):
+    if re.fullmatch(r"(?=.*[A-Za-z]{4})[A-Za-z]+(?: [A-Za-z]+)*|(?i:yes|no)", truth):
         return truth.casefold() == answer.casefold()
     parsed = [_parse(text) for text in (truth, answer)]
     if all(isinstance(it, sympy.Expr) for it in parsed):

@@ -51,6 +51,7 @@ REWRITES: dict[str, Any] = {
     r"\\text *\{ *degrees? *\}": r"^{\\circ}",  # 2
     # Roman letters are a word or a unit, but not a function, a constant, or what is applied like a function.
     rf"\\text *\{{ *({FUNCTION}) *\}}|(?<![\\A-Za-z])({FUNCTION})(?![A-Za-z])": r"\\\1\2 ",  # 9
+    r"\\(?:boldsymbol|bm)(?![a-z])": r"\\mathbf",  # 0
     r"\\(?:mathbf\{ *(\w+)|text *\{ *([eid]|\d+|[A-Za-z]+(?= *\}[_(]))) *\}|(?<=_\{)\\text *\{(\w+)\}": r"\1\2\3",  # 10, 4 wrong
     r"(?<=\d) +((?:[a-z]{3,}|[ckm]m|kg|ft)(?: [a-z]+)*)$": r"\\text{\1}",  # 2
     r"(?:√|\\sqrt) *\(([^()]*)\)|√ *(\d+|\w)": r"\\sqrt{\1\2}",  # 2
