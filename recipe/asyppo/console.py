@@ -30,9 +30,6 @@ QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--reso
 PRIVATE_TMPDIR = "ASYPPO_PRIVATE_TMPDIR"
 """If set, the command gets a temporary folder of its own, which is removed after it, and with it a fork server."""
 
-RAY_LOGS = "ray/session_latest/logs"
-"""Where Ray has the output of its processes, in its temporary folder; kept as ``ray_logs`` if the command fails."""
-
 # Ray's shell reads it: python of the fork server, in that folder. verl 0.9.0 has no such key.
 FORKED = "++ray_kwargs.ray_init.runtime_env.py_executable='$TMPDIR/python'"
 
@@ -130,9 +127,12 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool, held: Sequence[
             elif progress:
                 print(progress.group().rstrip(), end="\r" if is_terminal else "\n", flush=True)
         code = process.wait()
-        if code and os.environ.get(PRIVATE_TMPDIR):
-            with contextlib.suppress(OSError):  # it ended before Ray started; or what is still being written goes
-                shutil.copytree(Path(environment["TMPDIR"], RAY_LOGS), run_dir / "ray_logs", dirs_exist_ok=True)
+        if code:
+            # As Ray chooses the folder and names it; not there if the command ended before, or joined another's Ray.
+            ray = Path(environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or "/tmp", "ray")
+            for logs in ray.glob(f"session_*_{process.pid}/logs"):
+                with contextlib.suppress(OSError):  # what is still being written goes
+                    shutil.copytree(logs, run_dir / "ray_logs", dirs_exist_ok=True)
     if signals:
         print(f"ended by {signal.Signals(signals[0]).name}; the log is {run_dir / 'log'}", file=sys.stderr)
         return 128 + signals[0]

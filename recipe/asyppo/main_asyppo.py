@@ -1,7 +1,7 @@
 """Train AsyPPO with verl: ``python -m recipe.asyppo.main_asyppo critic.model.path=... [any verl override]``.
 
-The same run as ``python -m verl.trainer.main_ppo algorithm.adv_estimator=asyppo``, with every option of AsyPPO in the
-configuration and without relying on verl's plugin discovery.
+The same run as ``python -m verl.trainer.main_ppo algorithm.adv_estimator=asyppo`` with the paper's ``loss_agg_mode``, every
+option of AsyPPO in the configuration, and without relying on verl's plugin discovery.
 """
 
 import hydra

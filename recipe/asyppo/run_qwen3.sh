@@ -8,6 +8,7 @@
 #   ALGO=ppo_small_critic  naive asymmetric PPO: one critic of a mini-critic's size
 #   ALGO=grpo              no critic
 #
+# TRAIN_FILES, VAL_FILES (a,b) and REWARD: problems and reward of your own (docs/running.md#data).
 # FAST_START=1, for short runs on one node: Ray's workers are forked from one process that has imported torch and vLLM.
 #
 # Usage: ALGO=... NNODES=... N_GPUS=... bash scripts/run_asyppo_qwen3_4b.sh [any verl override]
@@ -44,6 +45,13 @@ PROMPTS=${PROMPTS:-32} # 32 prompts x 32 responses = 1024
 N=${N:-32}
 MAX_PROMPT=${MAX_PROMPT:-1024}
 MAX_RESPONSE=${MAX_RESPONSE:-8192}
+# Both decide on vLLM's limit below, which would cut longer sequences in silence.
+for override in "$@"; do
+    case $override in
+        data.max_prompt_length=*) MAX_PROMPT=${override#*=} ;;
+        data.max_response_length=*) MAX_RESPONSE=${override#*=} ;;
+    esac
+done
 ACTOR_MODEL=${ACTOR_MODEL:?the actor: a folder or hub repository in Hugging Face format}
 CRITIC_MODEL=${CRITIC_MODEL:?the mini-critics: a folder or hub repository in Hugging Face format}
 TRAIN_FILES=${TRAIN_FILES:-$DATA_DIR/train/deepmath.parquet}
@@ -61,7 +69,7 @@ for variable in RUN_DIR DATA_DIR TRAIN_FILES VAL_FILES REWARD ACTOR_MODEL CRITIC
 done
 LOGGER=${LOGGER:-console,file} # add wandb, tensorboard, ...
 
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+source recipe/asyppo/python.sh
 CPU=()
 if [ "${VERL_PLATFORM:-}" = cpu ]; then
     RANKS=$N_GPUS
@@ -173,7 +181,7 @@ TRAINER=(
     trainer.n_gpus_per_node="$N_GPUS"
     # 5,000 problems at 32 a step: two passes over the data.
     trainer.total_training_steps="${STEPS:-312}"
-    trainer.save_freq="${SAVE_FREQ:-50}"
+    trainer.save_freq="${SAVE_FREQ:-25}"
     trainer.test_freq="${TEST_FREQ:-25}"
     trainer.val_before_train="${VAL_BEFORE_TRAIN:-True}"
     trainer.logger="[$LOGGER]"

@@ -22,7 +22,7 @@ set -euo pipefail
 export NNODES=${SLURM_JOB_NUM_NODES:?start this with sbatch}
 export N_GPUS=${N_GPUS:-${SLURM_GPUS_ON_NODE:-8}}
 PORT=${RAY_PORT:-6379}
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+source recipe/asyppo/python.sh
 RAY=("$PYTHON" -m ray.scripts.scripts)
 # Without a token, a Ray cluster runs any code that anybody on its network sends.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
