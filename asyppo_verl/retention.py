@@ -24,9 +24,17 @@ class Saved:
     """Checkpoints of a run; others in its folder belong to a run that it branched off from, or to one before."""
 
     start: int
-    """The step that it went on from; 0 if it began anew."""
+    """The step of this folder that it went on from; 0 if it began anew, or elsewhere."""
     since: list[int] = dataclasses.field(default_factory=list)
     """The steps that it has saved since then."""
+
+    @classmethod
+    def of(cls, trainer: Any, step: int) -> "Saved":
+        """Those of a run that verl has just loaded at ``step``."""
+        is_elsewhere = trainer.resume_mode == "resume_path" and (
+            Path(trainer.resume_from_path).resolve().parent != Path(trainer.default_local_dir).resolve()
+        )
+        return cls(start=0 if is_elsewhere else step)
 
     def __contains__(self, step: int) -> bool:
         return step <= self.start or step in self.since  # those of earlier starts count as well

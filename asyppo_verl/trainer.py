@@ -297,7 +297,7 @@ class AsyPPOMixin(_Base):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        self._saved = Saved(start=self.global_steps)
+        self._saved = Saved.of(self.config.trainer, self.global_steps)
 
     def _save_checkpoint(self) -> None:
         with older_ones_last(self.config, self._saved, self.global_steps):

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from test_bad_input import complete, data, driver, refusal  # noqa: F401
@@ -17,6 +18,14 @@ def test_a_folder_that_cannot_be_written_is_refused_if_something_is_saved(comple
     driver(complete(folder))
     driver(complete(folder, "trainer.save_freq=1", "trainer.nnodes=2"))
     assert not list(tmp_path.iterdir()), "nothing is made"
+
+
+@pytest.mark.parametrize("files", ["data.train_files", "data.val_files"])
+def test_prompts_of_plain_text_are_refused(complete, tmp_path, files):  # noqa: F811
+    """Of "1+1=" Qwen3's chat template leaves the assistant's turn."""
+    pd.DataFrame({"prompt": ["1+1="]}).to_parquet(tmp_path / "text.parquet")
+    assert "the prompts in column 'prompt' are plain text" in refusal(complete(f"{files}={tmp_path}/text.parquet"))
+    driver(complete(f"{files}={tmp_path}/text.parquet", "data.prompt_key=question"))
 
 
 @pytest.fixture

@@ -36,6 +36,10 @@ def test_problems_are_counted_before_ray_starts(toy, tmp_path):
     pd.DataFrame({"prompt": ["1+1="]}).to_parquet(tmp_path / "bare.parquet")
     with pytest.raises(ValueError, match="no column data_source"):
         count_problems(settings(files=f"[{tmp_path}/bare.parquet]"))
+    text = pd.DataFrame({"prompt": ["1+1="], "data_source": ["x"], "reward_model": [{"ground_truth": "2"}]})
+    text.to_parquet(tmp_path / "text.parquet")
+    with pytest.raises(ValueError, match=r"the prompts in .*text.parquet are no messages"):
+        count_problems(settings(files=f"[{tmp_path}/text.parquet]"))
     (tmp_path / "empty.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty.parquet cannot be read as parquet"):
         count_problems(settings(files=f"[{tmp_path}/empty.parquet]"))
@@ -177,7 +181,7 @@ def test_a_checkpoint_is_evaluated_for_real(root, toy, finished, tmp_path):
     failed = sum(len(response) == 3 for response in answers.values())
     assert 0 < failed < 64
     (note,) = table["notes"]
-    assert f"{2 * failed} of 128 responses count as wrong" in note and "first with LookupError: three" in note
+    assert f"{2 * failed} of 128 responses count 0" in note and "first with LookupError: three" in note
     right = sum(len(response) % 2 for response in answers.values() if len(response) != 3) / 64
     assert [entry[name]["value"] for name in ("avg@2", "pass@2", "maj@2")] == pytest.approx([right] * 3)
     assert table["settings"]["temperature"] == "0"

@@ -130,7 +130,7 @@ def test_the_critics_tokens_and_the_rollouts_length_are_those_of_the_variables(r
     )
     assert [config.critic[key] for key in read] == [12345] * len(read)
     assert config.actor_rollout_ref.rollout.max_model_len == 300
-    overridden = validated(command_of(root, "4b", tmp_path, env, "data.max_response_length=250"))
+    overridden = validated(command_of(root, "4b", tmp_path, env, "++data.max_response_length=250"))
     assert overridden.actor_rollout_ref.rollout.max_model_len == 350
 
 

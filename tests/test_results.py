@@ -97,9 +97,10 @@ def test_a_reward_that_does_not_say_right_or_wrong_has_a_mean_only(tmp_path):
     (tmp_path / "0.jsonl").write_text("".join(rows))
     table = results.evaluate(results.read_dump(tmp_path / "0.jsonl"))
     figures = {name: entry["value"] for name, entry in table["benchmarks"]["sums"].items() if "@" in name}
-    assert figures == {"avg@2": pytest.approx(0.65)} and table["problems"] == {"sums": {"p": [1.3, 2]}}
+    assert figures == {"score@2": pytest.approx(0.65)} and table["problems"] == {}
     (note,) = table["notes"]
-    assert "sums: avg@k is the mean score" in note and "returned 0.3; let it return a dict with" in note
+    assert "sums: the mean score only" in note and "said 0.3, and not which answers are right" in note
+    assert "| sums | 1 | 0.650 [0.650, 0.650] |" in results.markdown({"target": "a model", "settings": {}, **table})
     (tmp_path / "0.jsonl").write_text(dumped("u", 0, "p", -1.0, acc=False))
     assert results.read_dump(tmp_path / "0.jsonl")[0]["correct"] is False
 
@@ -111,7 +112,11 @@ def test_a_reward_that_failed_is_counted_as_wrong_and_said(tmp_path):
     table = results.evaluate(results.read_dump(tmp_path / "0.jsonl"))
     assert table["benchmarks"]["sums"]["avg@2"]["value"] == 0.5 and table["benchmarks"]["sums"]["maj@2"]["value"] == 1
     (note,) = table["notes"]
-    assert "sums: 1 of 2 responses count as wrong" in note and "first with KeyError: 'x'" in note
+    assert "sums: 1 of 2 responses count 0" in note and "first with KeyError: 'x'" in note
+    samples = results.read_dump(tmp_path / "0.jsonl")
+    results.check_complete(samples, problems=1, k=2, log=tmp_path / "log")
+    with pytest.raises(ValueError, match="failed on every response of sums, first with KeyError: 'x'"):
+        results.check_complete(samples[1:], problems=1, k=1, log=tmp_path / "log")
 
 
 def test_a_problem_is_named_by_what_it_asks():

@@ -69,6 +69,15 @@ def test_no_checkpoint_counts_as_complete_while_it_is_written_over(saved):
     assert latest_step(root) == 10
 
 
+@pytest.mark.parametrize(
+    ("mode", "parent", "start"), [("auto", None, 25), ("resume_path", "here", 25), ("resume_path", "elsewhere", 0)]
+)
+def test_a_run_that_goes_on_from_elsewhere_owns_nothing_here(tmp_path, mode, parent, start):
+    trainer = {"resume_mode": mode, "default_local_dir": f"{tmp_path}/here"}
+    trainer |= {"resume_from_path": parent and f"{tmp_path}/{parent}/global_step_25"}
+    assert Saved.of(OmegaConf.create(trainer), 25) == Saved(start)
+
+
 @pytest.mark.parametrize("step", [5, 25])
 def test_a_run_that_begins_anew_in_a_used_folder_leaves_the_other_run_alone(saved, step):
     """It neither goes on with it nor removes or counts its checkpoints, the earlier ones no more than the later ones."""

@@ -74,6 +74,8 @@ def test_a_checkpoint_that_is_named_is_gone_on_from_where_it_lies(tmp_path, plac
     prepare(run_dir, [*COMMAND, "trainer.resume_mode=resume_path", f"trainer.resume_from_path='{start}'"])
     assert start.exists() and (tmp_path / "run.1").exists() == (place != "run")
     assert [*read_metrics(run_dir / "metrics.jsonl")] == ([1, 2, 3, 4, 5, 6] if place == "run" else [])
+    write(run_dir, [3])
+    assert [*read_metrics(run_dir / "metrics.jsonl")] == ([1, 2, 3] if place == "run" else [3])
 
 
 def test_a_run_killed_twice_keeps_all_its_steps(tmp_path):

@@ -38,6 +38,7 @@ CHECKS: tuple[Callable[[Run], Iterator[str] | None], ...] = (
     values.check_batches,
     saving.check_contents,
     saving.check_folder,
+    files.check_prompts,
     files.check_data,
     models.check_text_models,
     models.check_vocabulary,

@@ -1,4 +1,4 @@
-"""Data of the run: how long they last."""
+"""Data of the run: prompts that verl can read, and how long they last."""
 
 import math
 import os
@@ -8,6 +8,23 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from asyppo_verl.critic_settings import Run
+
+
+def check_prompts(run: Run) -> None:
+    """Refuse prompts that are plain text, of which a chat template leaves nothing, without a word."""
+    from pyarrow import types
+
+    key = run.config.data.prompt_key
+    for files in ("data.train_files", "data.val_files"):
+        for name, metadata in _parquet(run, files):
+            schema = metadata.schema.to_arrow_schema()
+            if key in schema.names and (
+                types.is_string(schema.field(key).type) or types.is_large_string(schema.field(key).type)
+            ):
+                raise ValueError(
+                    f"{files}={name}: the prompts in column {key!r} are plain text, and verl reads messages; make each "
+                    '[{"role": "user", "content": text}]'
+                )
 
 
 def check_data(run: Run) -> Iterator[str]:
@@ -31,15 +48,20 @@ def check_data(run: Run) -> Iterator[str]:
 
 
 def _rows(run: Run) -> int | None:
-    """Rows of ``data.train_files``, from the last bytes of each; None if they cannot be counted here."""
+    """Rows of ``data.train_files``; None if they cannot be counted here."""
+    return sum(metadata.num_rows for _, metadata in _parquet(run, "data.train_files")) or None
+
+
+def _parquet(run: Run, key: str) -> list[tuple[str, Any]]:
+    """Names of the files that a key lists, and what stands in the last bytes of each; nothing if that is not known here."""
     import pyarrow
     from pyarrow import parquet
 
-    files: Any = run.config.data.train_files
+    files: Any = run.get(key)
     if run.get("data.custom_cls.path"):
-        return None  # what the user's own dataset reads, and how, is not known here
+        return []  # what the user's own dataset reads, and how, is not known here
     try:
         names = [os.path.expanduser(file) for file in (files if OmegaConf.is_list(files) else [files])]
-        return sum(parquet.read_metadata(name).num_rows for name in names)
+        return [(name, parquet.read_metadata(name)) for name in names]
     except (pyarrow.ArrowException, OSError, TypeError):
-        return None  # another format, another place, or not there, which verl says first of all
+        return []  # another format, another place, or not there, which verl says first of all

@@ -30,7 +30,9 @@ def built(run: Run, key: str) -> Any:
     node = cast(dict, OmegaConf.to_container(run.get(key), resolve=True))
     for model in (node, node.get("model")):
         if model and model.get("use_shm"):
-            model["use_shm"] = False  # the weights would be copied into this machine's memory, though the run may be elsewhere
+            model["use_shm"] = (
+                False  # the weights would be copied into this machine's memory, though the run may be elsewhere
+            )
     try:
         return _build(OmegaConf.to_yaml(OmegaConf.create(node)))
     except InstantiationException as error:

@@ -97,7 +97,7 @@ def check_ignored(run: Run) -> Iterator[str]:
     for key, instead in IGNORED.items():
         given, default = run.get(key), default_config()["critic"][key.removeprefix("critic.")]
         if given != default and given != run.get(instead):
-            yield f"{key}={given} is not read by verl; {instead}={run.get(instead)} is, set that one"
+            yield f"{key}={given} is not read by verl; set {instead}"
     lam, asyppo = run.config.algorithm.lam, run.asyppo
     if asyppo.num_critics == 1 and asyppo.critic_lam != lam:
         yield (

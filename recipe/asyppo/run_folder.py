@@ -86,15 +86,19 @@ def resumed_from(run_dir: Path, command: Sequence[str]) -> str | None:
 def read_metrics(metrics: Path) -> dict[int, dict]:
     """Step -> metrics, of a file of verl's logger and of the history that a resumption left beside it, in order of steps.
 
-    What was written last counts, key by key: verl validates when it resumes, and logs that under the step of the checkpoint.
-    A line cut off by a crash is left out.
+    The history counts up to the first step of the file, of which both may have a part: verl validates when it resumes, and
+    logs that under the step of the checkpoint. A line cut off by a crash is left out.
     """
     steps: dict[int, dict] = {}
     for path in (metrics.with_suffix(HISTORY), metrics):
+        entries = []
         for line in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                steps[entry["step"]] = steps.get(entry["step"], {}) | entry["data"]
+                entries.append(json.loads(line))
+        if entries:
+            steps = {step: data for step, data in steps.items() if step <= entries[0]["step"]}
+        for entry in entries:
+            steps[entry["step"]] = steps.get(entry["step"], {}) | entry["data"]
     return dict(sorted(steps.items()))
 
 

@@ -47,10 +47,9 @@ MAX_PROMPT=${MAX_PROMPT:-1024}
 MAX_RESPONSE=${MAX_RESPONSE:-8192}
 # Both decide on vLLM's limit below, which would cut longer sequences in silence.
 for override in "$@"; do
-    case $override in
-        data.max_prompt_length=*) MAX_PROMPT=${override#*=} ;;
-        data.max_response_length=*) MAX_RESPONSE=${override#*=} ;;
-    esac
+    if [[ $override =~ ^\+*data\.max_(prompt|response)_length=([0-9]+)$ ]]; then
+        printf -v "MAX_${BASH_REMATCH[1]^^}" %s "${BASH_REMATCH[2]}"
+    fi
 done
 ACTOR_MODEL=${ACTOR_MODEL:?the actor: a folder or hub repository in Hugging Face format}
 CRITIC_MODEL=${CRITIC_MODEL:?the mini-critics: a folder or hub repository in Hugging Face format}

@@ -153,7 +153,7 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
         run["name"] = name if names.count(name) == 1 else run["path"]
         base = runs[0]["evaluation"]
         run["difference"] = difference(run["evaluation"], base) if run is not runs[0] else {}
-        run["notes"] = results.unequal_k(run["evaluation"]["benchmarks"]) if run["evaluation"] else []
+        run["notes"] = [*run["evaluation"]["notes"]] if run["evaluation"] else []
         if run is not runs[0] and (run["evaluation"] or base):
             left_out = ", ".join(obstacles(run["evaluation"], base).values())
             run["notes"] += [f"no difference to {runs[0]['name']}: {left_out}"] if left_out else []

@@ -64,6 +64,11 @@ def count_problems(settings: dict[str, str]) -> int:
         missing = COLUMNS - set(file.schema_arrow.names)
         if missing:
             raise ValueError(f"data.val_files: {name} has no column {sorted(missing)[0]}, which verl's schema wants")
+        if not pyarrow.types.is_list(file.schema_arrow.field("prompt").type):
+            raise ValueError(
+                f"data.val_files: the prompts in {name} are no messages; make each "
+                '[{"role": "user", "content": text}]'
+            )
         total += file.metadata.num_rows
     if not total:
         raise ValueError(f"data.val_files={settings['files']} holds no problem; set VAL_FILES")

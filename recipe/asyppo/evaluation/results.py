@@ -39,10 +39,10 @@ def read_dump(path: Path) -> list[dict]:
             {
                 **label,
                 "prompt_uid": row["uid"].rsplit("_", 2)[0],
-                "correct": as_right(reward.get("acc", row["score"])),
+                "correct": as_right(said := reward.get("acc", row["score"])),
+                "said": said,
                 "score": row["score"],
                 **({"answer": reward["pred"]} if "pred" in reward else {}),
-                **({"failure": label["failure"]} if "failure" in label else {}),
                 "ground_truth": row["gts"],
                 "prompt": row["input"],
                 "response": row["output"],
@@ -57,7 +57,7 @@ def as_right(value: object) -> bool | None:
 
 
 def check_complete(samples: list[dict], *, problems: int, k: int, log: Path) -> None:
-    """Refuse a dump in which responses are missing, which would make the benchmark easier.
+    """Refuse a dump in which responses are missing, which would make the benchmark easier, or none could be graded.
 
     Raises:
         ValueError: naming how many there are and where the reason is.
@@ -70,6 +70,12 @@ def check_complete(samples: list[dict], *, problems: int, k: int, log: Path) -> 
             f"{problems * k - len(samples)} of {problems} problems x {k} responses are missing: their generation or reward "
             f"failed, {log} says why"
         )
+    for name in sorted({sample["benchmark"] for sample in samples}):
+        failures = [sample.get("failure") for sample in samples if sample["benchmark"] == name]
+        if all(failures):
+            raise ValueError(
+                f"the reward function failed on every response of {name}, first with {failures[0]}: mend REWARD"
+            )
 
 
 def evaluate(samples: Iterable[Mapping[str, Any]], *, seed: int = 0) -> dict:
@@ -92,8 +98,11 @@ def evaluate(samples: Iterable[Mapping[str, Any]], *, seed: int = 0) -> dict:
             "response_tokens": float(np.mean([sample["tokens"] for sample in flat])),
             "truncated": float(np.mean([sample["truncated"] for sample in flat])),
         }
-        key = "score" if is_graded(flat) else "correct"
-        problems[name] = {problem: [sum(s[key] for s in group), len(group)] for problem, group in grouped[name].items()}
+        if not is_graded(flat):
+            right = {
+                problem: [sum(s["correct"] for s in group), len(group)] for problem, group in grouped[name].items()
+            }
+            problems[name] = right
     table, average = score.estimate(columns, seed=seed)
     return {
         "benchmarks": {name: facts[name] | _plain(table[name]) for name in table},
@@ -115,14 +124,14 @@ def _notes(grouped: Mapping[str, Mapping[str, list]], table: Mapping[str, Mappin
         flat = [sample for group in per_problem.values() for sample in group]
         if failures := [sample["failure"] for sample in flat if "failure" in sample]:
             notes.append(
-                f"{name}: {len(failures)} of {len(flat)} responses count as wrong because the reward function failed, "
+                f"{name}: {len(failures)} of {len(flat)} responses count 0 because the reward function failed, "
                 f"first with {failures[0]}"
             )
         if is_graded(flat):
-            between = next(sample["score"] for sample in flat if sample["correct"] is None)
+            said = next(sample["said"] for sample in flat if sample["correct"] is None)
             notes.append(
-                f"{name}: avg@k is the mean score, and pass@k and maj@k are not available: the reward function returned "
-                f"{between!r}; let it return a dict with `score` and `acc`, where acc is 0 or 1"
+                f"{name}: the mean score only, since the reward function said {said!r}, and not which answers are right; let it "
+                "return a dict with `score` and `acc`, where acc is 0 or 1"
             )
         elif not any(key.startswith("maj@") for key in table[name]):
             silent.append(name)
@@ -139,10 +148,10 @@ def unequal_k(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _columns(per_problem: list[list[Mapping[str, Any]]]) -> dict[str, list[float]]:
-    """One value a problem for avg@n and, where it is known which answers are right, pass@k and, where they are known, maj@n."""
+    """One value a problem for avg@n, pass@k and, where answers are known, maj@n; for score@n where none is right or wrong."""
     n = min(map(len, per_problem))
     if any(map(is_graded, per_problem)):
-        return {f"avg@{n}": [float(np.mean([sample["score"] for sample in group])) for group in per_problem]}
+        return {f"score@{n}": [float(np.mean([sample["score"] for sample in group])) for group in per_problem]}
     counts = [(sum(sample["correct"] for sample in group), len(group)) for group in per_problem]
     columns = {f"avg@{n}": [right / samples for right, samples in counts]}
     for k in score.powers(n):
@@ -159,11 +168,11 @@ def _plain(estimates: Mapping[str, score.Estimate]) -> dict[str, dict[str, float
     return {name: asdict(value) for name, value in estimates.items()}
 
 
-def percent(value: Mapping[str, float] | None, *, sign: str = "") -> str:
-    """An estimate with its interval, in percent; "-" if there is none."""
+def percent(value: Mapping[str, float] | None, *, sign: str = "", of: int = 100) -> str:
+    """An estimate with its interval, in percent, or as it is (of 1); "-" if there is none."""
     if value is None:
         return "-"
-    mid, low, high = (f"{100 * value[key]:{sign}.1f}" for key in ("value", "low", "high"))
+    mid, low, high = (f"{of * value[key]:{sign}.{1 if of > 1 else 3}f}" for key in ("value", "low", "high"))
     return f"{mid} [{low}, {high}]"
 
 
@@ -178,10 +187,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     named = [key for entry in results["benchmarks"].values() for key in entry if "@" in key and key != "pass@1"]
     metrics = list(dict.fromkeys(named))
     rows = []
+
+    def cells(entry: Mapping[str, Any]) -> list[str]:
+        return [percent(entry.get(metric), of=1 if metric.startswith("score@") else 100) for metric in metrics]
+
     for name, entry in results["benchmarks"].items():
         figures = [f"{entry['response_tokens']:.4g}", f"{100 * entry['truncated']:.1f}"]
-        rows.append([name, str(entry["problems"]), *(percent(entry.get(metric)) for metric in metrics), *figures])
-    rows.append(["average", "", *(percent(results["average"].get(metric)) for metric in metrics), "", ""])
+        rows.append([name, str(entry["problems"]), *cells(entry), *figures])
+    rows.append(["average", "", *cells(results["average"]), "", ""])
     settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items() if key != "files")
     lines = [
         f"# {results['target']}\n",
