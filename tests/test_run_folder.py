@@ -34,10 +34,11 @@ def test_a_number_may_be_quoted_or_open():
 
 
 @pytest.mark.parametrize("steps", ["trainer.total_training_steps=6", "trainer.total_training_steps='6'", OPEN])
-def test_an_unfinished_run_is_resumed_with_its_metrics(tmp_path, steps):
+def test_an_unfinished_run_is_resumed_with_its_metrics(tmp_path, capsys, steps):
     run_dir = tmp_path / "run"
     write(run_dir, [1, 2, 3], checkpoint=2)
     prepare(run_dir, [*COMMAND, steps])
+    assert capsys.readouterr().out == f"resuming {run_dir} after step 2\n"
     assert (run_dir / "metrics.history.jsonl").exists() and not (run_dir / "metrics.jsonl").exists()
     validated = {
         "step": 2,
@@ -65,7 +66,7 @@ def test_any_other_run_is_moved_aside(tmp_path, checkpoint, extra):
 
 
 @pytest.mark.parametrize("place", ["run", "another"])
-def test_a_checkpoint_that_is_named_is_gone_on_from_where_it_lies(tmp_path, place):
+def test_a_checkpoint_that_is_named_is_gone_on_from_where_it_lies(tmp_path, capsys, place):
     """Also one of a run that is finished; and one of elsewhere does not go on the run that is here."""
     run_dir = tmp_path / "run"
     write(run_dir, [1, 2, 3, 4, 5, 6], checkpoint=6)
@@ -73,6 +74,7 @@ def test_a_checkpoint_that_is_named_is_gone_on_from_where_it_lies(tmp_path, plac
     start.mkdir(parents=True)
     prepare(run_dir, [*COMMAND, "trainer.resume_mode=resume_path", f"trainer.resume_from_path='{start}'"])
     assert start.exists() and (tmp_path / "run.1").exists() == (place != "run")
+    assert ("after step 2" in capsys.readouterr().out) == (place == "run")
     assert [*read_metrics(run_dir / "metrics.jsonl")] == ([1, 2, 3, 4, 5, 6] if place == "run" else [])
     write(run_dir, [3])
     assert [*read_metrics(run_dir / "metrics.jsonl")] == ([1, 2, 3] if place == "run" else [3])

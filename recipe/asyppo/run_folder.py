@@ -59,7 +59,7 @@ def prepare(run_dir: Path, command: Sequence[str]) -> None:
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists() or (run_dir / "checkpoints").exists():
         if start := resumed_from(run_dir, command):
-            print(f"resuming {run_dir} after {start}")
+            print(f"resuming {run_dir} after step {start}")
             if metrics.exists():
                 metrics.rename(metrics.with_suffix(HISTORY))
         else:
@@ -70,17 +70,17 @@ def prepare(run_dir: Path, command: Sequence[str]) -> None:
 
 
 def resumed_from(run_dir: Path, command: Sequence[str]) -> str | None:
-    """The name of the checkpoint of this folder that the command will go on from, if it will."""
+    """The step of the checkpoint of this folder that the command will go on from, if it will."""
     mode = setting(command, "trainer.resume_mode")
     if mode == "resume_path":
         start = Path((setting(command, "trainer.resume_from_path") or "").strip("'\"")).resolve()
-        return start.name if run_dir.resolve() in start.parents else None
+        return start.name.removeprefix("global_step_") if run_dir.resolve() in start.parents else None
     try:
         step = latest_step(run_dir / "checkpoints") if mode != "disable" else None
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     is_unfinished = step and ((last := last_step(command)) is None or step < last)
-    return f"global_step_{step}" if is_unfinished else None
+    return str(step) if is_unfinished else None
 
 
 def read_metrics(metrics: Path) -> dict[int, dict]:
