@@ -5,7 +5,7 @@
 #
 #   Hardware  that of scripts/run_asyppo_cpu.sh, which does the work and whose variables hold here too
 #   Time      models and data a minute (once), training three to nine minutes: 30 steps of 64 responses
-#   Expect    reward from 0.35 to about 0.9, with GRPO to about 0.8 (in 45 steps 0.86; docs/study.md)
+#   Expect    reward from 0.35 to about 0.87, with GRPO to 0.77; in the time of AsyPPO's 40 steps 0.93 and 0.88 (docs/study.md)
 #
 #   ALGO=asyppo  two mini-critics that learn before they judge, algorithm.lam=0, no masks (the default)
 #   ALGO=paper   two mini-critics in the paper's order and with its masks, algorithm.lam=0.95
