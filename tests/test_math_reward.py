@@ -56,6 +56,9 @@ x \ge \sqrt7    | [\sqrt7, \infty)
 \mathbb{Z}/2\mathbb{Z} | \mathbb Z_2
 \text{(C)}      | C | \text{(C) } 12 | \mathrm{C}
 Yes             | \text{yes}
+No solution     | \text{no solution}
+\text{does not exist} | \text{Does not exist}
+5               | \boldsymbol{5}
 \text{Ann and Bob} | \text{Bob and Ann}
 """
 # A line: a truth, and answers that differ from it. Most are public reports about math graders.
