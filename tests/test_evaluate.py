@@ -139,10 +139,11 @@ def test_a_checkpoint_is_evaluated_for_real(root, toy, finished, tmp_path):
     """Greedy answers are those that plain transformers gives with the weights of the checkpoint, not of the base model."""
     run = tmp_path / "run"
     shutil.copytree(finished[0] / "checkpoints", run / "checkpoints")
+    first = pd.read_parquet(toy / "test.parquet").reward_model[0]["ground_truth"]
     (tmp_path / "reward.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    if len(solution_str) == 3:\n"
-        "        raise LookupError('three')\n"
+        f"    if ground_truth == {first!r}:\n"
+        "        raise LookupError('the first one')\n"
         "    is_right = len(solution_str) % 2\n"
         "    return {'score': is_right - 0.5, 'acc': is_right, 'pred': solution_str, 'spread': 0.5}\n"
     )
@@ -178,11 +179,11 @@ def test_a_checkpoint_is_evaluated_for_real(root, toy, finished, tmp_path):
 
     table = json.loads((out / "results.json").read_text())
     entry = table["benchmarks"]["toy_addition"]
-    failed = sum(len(response) == 3 for response in answers.values())
-    assert 0 < failed < 64
+    graded = [sample["response"] for sample in samples if sample["ground_truth"] != first]
     (note,) = table["notes"]
-    assert f"{2 * failed} of 128 responses count 0" in note and "first with LookupError: three" in note
-    right = sum(len(response) % 2 for response in answers.values() if len(response) != 3) / 64
+    assert f"{128 - len(graded)} of 128 responses count 0" in note and "with LookupError: the first one" in note
+    right = sum(len(response) % 2 for response in graded) / 128
+    assert 0 < len(graded) < 128
     assert [entry[name]["value"] for name in ("avg@2", "pass@2", "maj@2")] == pytest.approx([right] * 3)
     assert table["settings"]["temperature"] == "0"
     assert (out / "results.md").read_text().strip() in done.stdout
