@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -40,6 +41,10 @@ def test_problems_are_counted_before_ray_starts(toy, tmp_path):
     text.to_parquet(tmp_path / "text.parquet")
     with pytest.raises(ValueError, match=r"the prompts in .*text.parquet are no messages"):
         count_problems(settings(files=f"[{tmp_path}/text.parquet]"))
+    table = pyarrow.parquet.read_table(toy / "test.parquet").select(["prompt", "data_source", "reward_model"])
+    messages = table["prompt"].cast(pyarrow.large_list(table["prompt"].type.value_type))  # as polars writes lists
+    pyarrow.parquet.write_table(table.set_column(0, "prompt", messages), tmp_path / "large.parquet")
+    assert count_problems(settings(files=f"[{tmp_path}/large.parquet]")) == 256
     (tmp_path / "empty.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty.parquet cannot be read as parquet"):
         count_problems(settings(files=f"[{tmp_path}/empty.parquet]"))

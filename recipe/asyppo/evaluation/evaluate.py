@@ -64,7 +64,8 @@ def count_problems(settings: dict[str, str]) -> int:
         missing = COLUMNS - set(file.schema_arrow.names)
         if missing:
             raise ValueError(f"data.val_files: {name} has no column {sorted(missing)[0]}, which verl's schema wants")
-        if not pyarrow.types.is_list(file.schema_arrow.field("prompt").type):
+        kind = file.schema_arrow.field("prompt").type
+        if not (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
             raise ValueError(
                 f"data.val_files: the prompts in {name} are no messages; make each "
                 '[{"role": "user", "content": text}]'
