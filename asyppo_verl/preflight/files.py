@@ -1,5 +1,6 @@
 """Data of the run: prompts that verl can read, and how long they last."""
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -18,9 +19,8 @@ def check_prompts(run: Run) -> None:
     for files in ("data.train_files", "data.val_files"):
         for name, metadata in _parquet(run, files):
             schema = metadata.schema.to_arrow_schema()
-            if key in schema.names and (
-                types.is_string(schema.field(key).type) or types.is_large_string(schema.field(key).type)
-            ):
+            kind = schema.field(key).type if key in schema.names else None
+            if kind and (types.is_string(kind) or types.is_large_string(kind)):
                 raise ValueError(
                     f"{files}={name}: the prompts in column {key!r} are plain text, and verl reads messages; make each "
                     '[{"role": "user", "content": text}]'
@@ -52,6 +52,7 @@ def _rows(run: Run) -> int | None:
     return sum(metadata.num_rows for _, metadata in _parquet(run, "data.train_files")) or None
 
 
+@functools.lru_cache(maxsize=16)
 def _parquet(run: Run, key: str) -> list[tuple[str, Any]]:
     """Names of the files that a key lists, and what stands in the last bytes of each; nothing if that is not known here."""
     import pyarrow

@@ -28,11 +28,10 @@ def built(run: Run, key: str) -> Any:
     from hydra.errors import InstantiationException
 
     node = cast(dict, OmegaConf.to_container(run.get(key), resolve=True))
-    for model in (node, node.get("model")):
-        if model and model.get("use_shm"):
-            model["use_shm"] = (
-                False  # the weights would be copied into this machine's memory, though the run may be elsewhere
-            )
+    model = node.get("model", node)
+    if model.get("use_shm"):
+        # The weights would be copied into this machine's memory, though the run may be elsewhere.
+        model["use_shm"] = False
     try:
         return _build(OmegaConf.to_yaml(OmegaConf.create(node)))
     except InstantiationException as error:
