@@ -112,8 +112,8 @@ def test_law_6_critic_gradients_are_those_of_the_loss_by_hand(cluster, toy, rank
         for name, engine in BATCHING.items():
             group.reset()
             group.keep_gradients()
-            group.set_batching(use_remove_padding=remove_padding, **engine)
-            train(group, index, data)
+            group.set_batching(**engine)
+            train(group, index, data, use_remove_padding=remove_padding)
             for found in group.gradients(index):
                 assert found.keys() == expected.keys()
                 for parameter, gradient in expected.items():
@@ -191,7 +191,7 @@ def start_actor(toy, ranks: int) -> RayWorkerGroup:
     return group
 
 
-def update(group: RayWorkerGroup, data: TensorDict) -> dict[str, dict[int, torch.Tensor]]:
+def update(group: RayWorkerGroup, data: TensorDict, *, remove_padding: bool) -> dict[str, dict[int, torch.Tensor]]:
     """One optimizer step on the whole batch; the gradients by row, of all ranks."""
     call = data.copy()
     tu.assign_non_tensor(
@@ -203,6 +203,7 @@ def update(group: RayWorkerGroup, data: TensorDict) -> dict[str, dict[int, torch
         seed=1,
         dataloader_kwargs={"shuffle": False},
         temperature=1.0,
+        use_remove_padding=remove_padding,
     )
     group.update_actor(call)
     by_rank = group.token_gradients()
@@ -241,9 +242,11 @@ def test_law_5_on_the_actor_worker(cluster, toy, ranks, remove_padding):
     all_N = torch.ones(tokens, dtype=torch.bool)
     is_response_N = data["response_mask"].values().bool()
     for name, engine in BATCHING.items():
-        group.set_batching(use_remove_padding=remove_padding, **engine)
-        plain = update(group, with_masks(data, all_N, all_N, advantages_N))
-        masked = update(group, with_masks(data, keep_adv_N, keep_ent_N, advantages_N))
+        group.set_batching(**engine)
+        plain, masked = (
+            update(group, with_masks(data, *keep_NN, advantages_N), remove_padding=remove_padding)
+            for keep_NN in ((all_N, all_N), (keep_adv_N, keep_ent_N))
+        )
         for kind, keep_N in (("log_probs", keep_adv_N), ("entropy", keep_ent_N)):
             plain_N, masked_N = on_responses(plain[kind], data), on_responses(masked[kind], data)
             assert plain_N[is_response_N].all() and not plain_N[~is_response_N].any(), f"{name}: {kind}"
