@@ -116,8 +116,7 @@ def keep_advantage(sigma_N: Tensor, is_response_N: Tensor, *, fraction: float) -
 def keep_entropy(sigma_N: Tensor, is_response_N: Tensor, *, fraction: float) -> Tensor:
     """Tokens whose entropy earns the bonus: all but the ``fraction`` (h) of response tokens where the critics disagree most.
 
-    The rules of :func:`keep_advantage` from the other end. With k + h <= 1 both drop a token only if its very sigma bounds
-    both ends.
+    The rules of :func:`keep_advantage` from the other end. With k + h <= 1 only a tie can put one token into both shares.
     """
     return ~_select_share(sigma_N, is_response_N, fraction, largest=True)
 
@@ -129,7 +128,7 @@ def _select_share(sigma: Tensor, is_response: Tensor, fraction: float, *, larges
         raise ValueError(f"shapes differ: {tuple(sigma.shape)} sigmas, {tuple(is_response.shape)} response flags")
     sigma_N, is_response_N = sigma.reshape(-1), is_response.reshape(-1).bool()
     count = count_of(fraction, int(is_response_N.count_nonzero()))
-    if count and not any(bool((score != 0).logical_and_(real).any()) for score, real in chunks(sigma_N, is_response_N)):
+    if not (is_response_N & (sigma_N != 0)).any():
         count = 0
     return select(sigma_N, is_response_N, count, largest=largest).view(sigma.shape)
 

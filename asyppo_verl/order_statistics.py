@@ -1,4 +1,4 @@
-"""Exact order statistics of vectors of any length, in memory that does not grow with them.
+"""Exact order statistics of long vectors.
 
 Shape suffix: N positions of one vector. Candidates are the positions that take part; ties go to the earliest.
 """
@@ -12,8 +12,6 @@ from torch import Tensor
 
 # Positions per pass: small enough to stay in cache and to keep the extra memory constant.
 CHUNK = 1 << 18
-# Bits that one pass of the radix selection fixes.
-_DIGIT = 16
 
 
 def chunks(*tensors_N: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -37,78 +35,22 @@ def select(score_N: Tensor, is_candidate_N: Tensor, count: int, *, largest: bool
     Returns:
         Bool, (N,).
     """
-    selected_N = torch.zeros_like(is_candidate_N)
     if count == 0:
-        return selected_N
-    ((threshold, ties_left),) = _kth_ranks(score_N, is_candidate_N, [count], largest=largest)
-    for score, is_candidate, selected in chunks(score_N, is_candidate_N, selected_N):
-        rank = _rank(score, largest)
-        is_tied = (rank == threshold) & is_candidate
-        torch.logical_and(rank < threshold, is_candidate, out=selected)
-        if ties_left:
-            is_tied &= is_tied.cumsum(0) <= ties_left
-            ties_left -= int(is_tied.count_nonzero())
-            selected |= is_tied
+        return torch.zeros_like(is_candidate_N)
+    score_N = -score_N if largest else score_N
+    last = kth_lowest(score_N, is_candidate_N, [count])
+    selected_N = (score_N < last) & is_candidate_N
+    tied_N = (score_N == last) & is_candidate_N
+    selected_N[tied_N.nonzero()[: count - int(selected_N.count_nonzero()), 0]] = True
     return selected_N
 
 
 def kth_lowest(score_N: Tensor, is_candidate_N: Tensor, ks: Sequence[int]) -> Tensor:
-    """The k-th lowest score among the candidates for every k in ``ks`` (from 1); shape (len(ks),)."""
-    ranks = [rank for rank, _ in _kth_ranks(score_N, is_candidate_N, ks, largest=False)]
-    dtype = torch.promote_types(score_N.dtype, torch.float32)
-    return _flip(torch.tensor(ranks, dtype=_rank_dtype(score_N))).view(dtype)
+    """The k-th lowest score among the candidates for every k in ``ks`` (from 1); shape (len(ks),).
 
-
-def _kth_ranks(score_N: Tensor, is_candidate_N: Tensor, ks: Sequence[int], *, largest: bool) -> list[tuple[int, int]]:
-    """For every k (from 1): the rank of the k-th candidate, and how many of that very rank are among the first k.
-
-    Radix selection, 16 bits a pass, all k in the same passes: ``torch.kthvalue`` gives the same rank but copies 12 bytes
-    a position, and ``torch.quantile`` refuses more than 2^24 elements.
+    By numpy: ``torch.kthvalue`` takes several times as long, and ``torch.quantile`` refuses more than 2^24 elements.
     """
-    top = torch.iinfo(_rank_dtype(score_N)).bits - _DIGIT
-    found = [(0, k) for k in ks]  # the rank's digits so far, and k among the candidates that share them
-    for shift in range(top, -1, -_DIGIT):
-        # The top digit carries the sign, so it starts below zero.
-        found = [(prefix << _DIGIT if shift < top else -(1 << (_DIGIT - 1)), k) for prefix, k in found]
-        starts = {start for start, _ in found}
-        below = _count(score_N, is_candidate_N, shift, starts, is_top=shift == top, largest=largest)
-        for index, (start, k) in enumerate(found):
-            step = int(torch.searchsorted(below[start], k))
-            found[index] = start + step, k - (int(below[start][step - 1]) if step else 0)
-    return found
-
-
-def _count(
-    score_N: Tensor, is_candidate_N: Tensor, shift: int, starts: set[int], *, is_top: bool, largest: bool
-) -> dict[int, Tensor]:
-    """For every start: how many candidates have ``start <= rank >> shift <= start + i``, for all i below 2^16."""
-    outside = 1 << _DIGIT
-    counts = {start: torch.zeros(outside + 1, dtype=torch.int64, device=score_N.device) for start in starts}
-    for score, is_candidate in chunks(score_N, is_candidate_N):
-        rank = _rank(score, largest) >> shift
-        for start, count in counts.items():
-            digit = rank - start
-            # At the top all are inside, and where is quicker than indexing. Below, a difference too large for 32 bits wraps
-            # around, but never to the inside.
-            is_inside = is_candidate if is_top else is_candidate & (digit >> _DIGIT == 0)
-            digit = torch.where(is_inside, digit, outside) if is_top else digit[is_inside]
-            count += torch.bincount(digit, minlength=outside + 1)
-    return {start: count[:outside].cumsum(0) for start, count in counts.items()}
-
-
-def _rank_dtype(score_N: Tensor) -> torch.dtype:
-    return torch.int64 if score_N.dtype == torch.float64 else torch.int32
-
-
-def _rank(score_N: Tensor, largest: bool) -> Tensor:
-    """Integers in the order of the scores (reversed if ``largest``); half precision is widened exactly."""
-    # Adding 0 turns -0.0 into 0.0, which is the same number with other bits.
-    bits_N = (score_N.float() if score_N.itemsize < 4 else score_N).add(0.0).view(_rank_dtype(score_N))
-    rank_N = _flip(bits_N)
-    return rank_N.bitwise_not_() if largest else rank_N
-
-
-def _flip(bits_N: Tensor) -> Tensor:
-    """IEEE bits to two's complement of the same order, and back: negative numbers have their magnitude inverted."""
-    info = torch.iinfo(bits_N.dtype)
-    return (bits_N >> (info.bits - 1)).bitwise_and_(info.max).bitwise_xor_(bits_N)
+    candidates = score_N[is_candidate_N].to(torch.promote_types(score_N.dtype, torch.float32)).cpu().numpy()
+    ranks = [k - 1 for k in ks]
+    candidates.partition(ranks)
+    return torch.from_numpy(candidates[ranks]).to(score_N.device)

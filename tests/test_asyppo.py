@@ -187,16 +187,12 @@ tokens = st.lists(
 )
 
 
-@given(tokens, st.floats(0, 0.99), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([3, 1 << 18]))
-def test_selections_equal_a_plain_loop_with_ties_and_holes(drawn, fraction, dtype, chunk):
+@given(tokens, st.floats(0, 0.99), st.sampled_from([torch.float32, torch.float64]))
+def test_selections_equal_a_plain_loop_with_ties_and_holes(drawn, fraction, dtype):
     sigma, is_response = [s for s, _ in drawn], [r for _, r in drawn]
-    whole, order_statistics.CHUNK = order_statistics.CHUNK, chunk
-    try:
-        for keep, largest in ((keep_advantage, False), (keep_entropy, True)):
-            kept = keep(torch.tensor(sigma, dtype=dtype), torch.tensor(is_response), fraction=fraction)
-            assert kept.tolist() == drop_by_loop(sigma, is_response, fraction, largest)
-    finally:
-        order_statistics.CHUNK = whole
+    for keep, largest in ((keep_advantage, False), (keep_entropy, True)):
+        kept = keep(torch.tensor(sigma, dtype=dtype), torch.tensor(is_response), fraction=fraction)
+        assert kept.tolist() == drop_by_loop(sigma, is_response, fraction, largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -310,14 +306,11 @@ def test_the_two_selections_are_disjoint_without_ties():
 @given(
     st.lists(st.one_of(st.floats(-5, 5, width=32), st.floats(allow_nan=False, width=32)), min_size=1, max_size=40),
     st.sampled_from([torch.float32, torch.float64]),
-    st.sampled_from([3, 1 << 18]),
     st.data(),
 )
-def test_kth_scores(scores, dtype, chunk, data):
-    ks = data.draw(st.lists(st.integers(1, len(scores)), max_size=5))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order_statistics, "CHUNK", chunk)
-        found = kth_lowest(torch.tensor(scores, dtype=dtype), torch.ones(len(scores), dtype=torch.bool), ks)
+def test_kth_scores(scores, dtype, data):
+    ks = data.draw(st.lists(st.integers(1, len(scores)), min_size=1, max_size=5))
+    found = kth_lowest(torch.tensor(scores, dtype=dtype), torch.ones(len(scores), dtype=torch.bool), ks)
     assert found.tolist() == [sorted(scores)[k - 1] for k in ks]
 
 
