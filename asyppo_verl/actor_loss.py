@@ -27,24 +27,15 @@ def asyppo_actor_loss(
     entropy = model_output.get("entropy")
     if entropy is not None:
         entropy_N = entropy.values() if entropy.is_nested else entropy
-        filtered_N = filter_entropy(entropy_N, _on_sequences(data[KEEP_ENTROPY], data))
-        if entropy.is_nested:
-            filtered_N = torch.nested.nested_tensor_from_jagged(filtered_N, entropy.offsets())
-        model_output = {**model_output, "entropy": filtered_N}
+        kept_N = filter_entropy(entropy_N, _on_sequences(data[KEEP_ENTROPY], data))
+        model_output = {**model_output, "entropy": kept_N}
     return ppo_loss(config, model_output, data, dp_group)
 
 
 def _on_sequences(keep: Tensor, data: TensorDict) -> Tensor:
-    """Move flags from response positions to the sequence positions whose output predicts them; True elsewhere.
-
-    Position ``prompt + t - 1`` of a row predicts response token t.
-    """
-    prompt_B, response_B = data["prompts"].offsets().diff(), data["responses"].offsets().diff()
-    sequence_B = prompt_B + response_B
-    first_B = sequence_B.cumsum(0) - response_B - 1
-    before_B = response_B.cumsum(0) - response_B
-    shift_K = (first_B - before_B).repeat_interleave(response_B)
-    keep_K = keep.values().bool()
-    keep_N = torch.ones(int(sequence_B.sum()), dtype=torch.bool, device=keep_K.device)
-    keep_N[torch.arange(len(keep_K), device=keep_K.device) + shift_K] = keep_K
+    """Move flags from response positions to the sequence positions whose output predicts them; True elsewhere."""
+    ends = (data["prompts"].offsets().diff() + data["responses"].offsets().diff()).cumsum(0).tolist()
+    keep_N = torch.ones(ends[-1], dtype=torch.bool, device=keep.device)
+    for end, keep_T in zip(ends, keep.unbind(), strict=True):
+        keep_N[end - len(keep_T) - 1 : end - 1] = keep_T
     return keep_N

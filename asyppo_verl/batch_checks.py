@@ -1,4 +1,4 @@
-"""Batches that nothing should be trained on, and critics that learn nothing: each stops the run, with step and remedy."""
+"""Batches that nothing should be trained on, and critics that learn nothing: errors and warnings that name step and remedy."""
 
 import logging
 import statistics

@@ -34,6 +34,8 @@ OVERRIDABLE = (
 )
 """Keys of verl's ``critic`` node that a single mini-critic may have to itself: how it is built and fed, not its loss."""
 
+SHARDS = ("group", "prompt", "none")
+"""How responses are dealt to the mini-critics, ``asyppo.shard``."""
 
 PLACEMENTS = ("colocated", "pool", "split")
 """Where the mini-critics can run, ``asyppo.placement``."""
@@ -107,7 +109,7 @@ class Inspect(_Counts):
     """Every so many steps; 0: never."""
 
     groups: int = 2
-    """Prompts of such a step, each with all its responses: a token takes about 30 bytes on disk."""
+    """Prompts of such a step, each with all its responses: a token takes about 35 bytes on disk."""
 
     def is_due(self, step: int) -> bool:
         """True for the steps that are kept."""
@@ -173,11 +175,9 @@ class AsyPPOConfig:
     """Settings of single critics on top of verl's ``critic`` node: ``{1: {model: {path: ...}, optim: {lr: 1e-5}}}``."""
 
     def __post_init__(self) -> None:
-        self._require_type("num_critics", int, "whole number")
-        self._require_type("head_seed", int, "whole number")
-        for key in ("adv_mask_fraction", "entropy_filter_fraction", "critic_lam"):
-            self._require_type(key, (int, float), "number")
-        self._require_type("selection", str, "function as package.module.function")
+        check_known("asyppo.shard", self.shard, SHARDS)
+        check_known("asyppo.placement", self.placement, PLACEMENTS)
+        self._check_types()
         if not 0 <= self.head_seed < 2**32:
             raise ValueError(f"asyppo.head_seed={self.head_seed} must lie in [0, 2**32)")
         if self.num_critics < 1:
@@ -194,12 +194,6 @@ class AsyPPOConfig:
             )
         if not 0 <= self.critic_lam <= 1:
             raise ValueError(f"asyppo.critic_lam={self.critic_lam} must lie in [0, 1]; 1 is the Monte-Carlo return")
-        if self.shard not in ("group", "prompt", "none"):
-            raise ValueError(f"asyppo.shard={self.shard!r} must be 'group', 'prompt' or 'none'; the paper's is 'group'")
-        for key in ("update_critics_first", "adaptive_lam", "compile_critics"):
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"asyppo.{key}={getattr(self, key)!r} must be true or false")
-        check_known("asyppo.placement", self.placement, PLACEMENTS)
         self._check_overrides()
 
     @property
@@ -207,10 +201,14 @@ class AsyPPOConfig:
         """True if the critics have GPUs of their own, and so work at the same time as the actor."""
         return self.placement != "colocated"
 
-    def _require_type(self, key: str, kind: type | tuple[type, ...], name: str) -> None:
-        value = getattr(self, key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"asyppo.{key}={value!r} must be a {name}, not {type(value).__name__}")
+    def _check_types(self) -> None:
+        """Refuse a value of another kind than its default."""
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if kind in kinds and not (fits and isinstance(value, bool) == (kind is bool)):
+                raise ValueError(f"asyppo.{field.name}={value!r} must be {kinds[kind]}")
 
     def _check_overrides(self) -> None:
         if not isinstance(self.critic_overrides, Mapping):

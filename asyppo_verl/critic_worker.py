@@ -137,10 +137,8 @@ class MiniCritic(TrainingWorker):
         if engine.use_remove_padding and is_whole and packed_attention.wants_bounds(module):
             packed_attention.find_bounds_once(module)
 
-    def train(self, data: TensorDict, responses: Sequence[Sequence[int]] | None) -> TensorDict | None:
-        """verl's ``train_mini_batch`` on rows of which ``responses[i][r]`` of rank r in step i are no fillers (None: all)."""
-        if responses is None:
-            return self.train_mini_batch(data)
+    def train(self, data: TensorDict, responses: Sequence[Sequence[int]]) -> TensorDict | None:
+        """verl's ``train_mini_batch`` on rows of which ``responses[i][r]`` of rank r in step i are no fillers."""
         self._step_sizes = itertools.cycle(map(sum, responses))
         rank, loader = self.engine.get_data_parallel_rank(), tu.pop(data, "dataloader_kwargs")
         if loader.pop("shuffle"):
@@ -247,7 +245,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         index, responses = tu.pop(data, CRITIC_ID), tu.pop(data, RESPONSES)
         data["values"] = data.pop(value_field(index))
         critic = self.critics[index]
-        return critic.train(data, responses) if isinstance(critic, MiniCritic) else critic.train_mini_batch(data)
+        return critic.train_mini_batch(data) if responses is None else critic.train(data, responses)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_checkpoint(

@@ -4,6 +4,7 @@ Every process that imports verl loads this module, so what it needs itself is im
 estimator go through the functions and trainer classes of verl.
 """
 
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -25,26 +26,29 @@ def activate() -> None:
         ("verl.trainer.ppo.utils", lambda module: wrapt.wrap_function_wrapper(module, "need_critic", _need_critic)),
         ("verl.trainer.ppo.core_algos", _register_estimator),
         ("verl.trainer.ppo.v1", _register_trainers),
-        ("verl.workers.rollout.vllm_rollout.vllm_rollout", _rename_sender),
-        ("verl.workers.rollout.vllm_rollout.vllm_async_server", _rename_receiver),
+        ("verl.workers.rollout.vllm_rollout.vllm_rollout", "asyppo_verl.weight_sockets:install_sender"),
+        ("verl.workers.rollout.vllm_rollout.vllm_async_server", "asyppo_verl.weight_sockets:install_receiver"),
     ):
         wrapt.register_post_import_hook(_on_supported_verl(hook), name)
-    wrapt.register_post_import_hook(_offer_attention, "transformers.modeling_utils")
+    wrapt.register_post_import_hook("asyppo_verl.packed_attention:register", "transformers.modeling_utils")
     if cpu.is_selected():
         from asyppo_verl.cpu import platform
 
         platform.activate()
-        wrapt.register_post_import_hook(_on_supported_verl(_honour_attention), "verl.utils.model")
+        wrapt.register_post_import_hook(_on_supported_verl("asyppo_verl.value_model:install"), "verl.utils.model")
 
 
-def _on_supported_verl(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Make a hook idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched."""
+def _on_supported_verl(hook: Callable[[Any], Any] | str) -> Callable[[Any], None]:
+    """Make a hook idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched.
+
+    As wrapt does with the name of one, ``module:function``, it imports that when it is called.
+    """
 
     def hooked(module: Any) -> None:
         from asyppo_verl.config import is_supported_verl
 
         if is_supported_verl():
-            hook(module)
+            (pkgutil.resolve_name(hook) if isinstance(hook, str) else hook)(module)
 
     return hooked
 
@@ -90,30 +94,6 @@ def _register_trainers(v1: Any) -> None:
 
     for name, cls in trainer.TRAINERS.items():
         v1.register_trainer(name)(cls)
-
-
-def _rename_sender(vllm_rollout: Any) -> None:
-    from asyppo_verl import weight_sockets
-
-    weight_sockets.install_sender(vllm_rollout)
-
-
-def _rename_receiver(vllm_async_server: Any) -> None:
-    from asyppo_verl import weight_sockets
-
-    weight_sockets.install_receiver(vllm_async_server)
-
-
-def _offer_attention(modeling_utils: Any) -> None:
-    from asyppo_verl import packed_attention
-
-    packed_attention.register(modeling_utils)
-
-
-def _honour_attention(model: Any) -> None:
-    from asyppo_verl import value_model
-
-    value_model.install(model)
 
 
 def _stop_wrong_trainer(**_kwargs: Any) -> None:

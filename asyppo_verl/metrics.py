@@ -66,9 +66,7 @@ def quantiles(score_N: Tensor, is_response_N: Tensor, levels: tuple[float, ...])
 def ensemble_metrics(
     values_MN: Tensor, value_N: Tensor, sigma_N: Tensor, returns_N: Tensor, is_response_N: Tensor
 ) -> dict:
-    """Diagnostics of the critics over the batch, keyed by metric name; empty for a batch without response tokens."""
-    if not bool(is_response_N.any()):
-        return {}
+    """Diagnostics of the critics over the batch, of which a token must be a response's, keyed by metric name."""
     num_critics = len(values_MN)
     mean_R, cov_RR = moments([*values_MN, value_N, returns_N, sigma_N], is_response_N)
     value, returns, sigma = range(num_critics, num_critics + 3)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import compute_gae_advantage_return
@@ -24,7 +24,7 @@ from verl.utils.debug import marked_timer
 from asyppo_verl import asyppo, batch_checks, batch_io, inspection, mini_batches, selection
 from asyppo_verl.actor_loss import asyppo_actor_loss
 from asyppo_verl.adaptive_lam import AdaptiveLam
-from asyppo_verl.config import TRAINER_PREFIX
+from asyppo_verl.config import TRAINER_PREFIX, trainer_mode
 from asyppo_verl.critic_client import CriticClient
 from asyppo_verl.critic_settings import critic_nodes, read_config
 from asyppo_verl.critic_worker import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
@@ -51,9 +51,7 @@ class AsyPPOMixin(_Base):
 
     def __init__(self, config: DictConfig) -> None:
         self.asyppo = read_config(config)
-        with open_dict(config):
-            config.critic.enable = True
-            config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_PREFIX)
+        config.trainer.v1.trainer_mode = trainer_mode(config)
         super().__init__(config)
 
     def _init_dataloader(self) -> None:

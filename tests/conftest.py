@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["VERL_PLATFORM"] = "cpu"
-# Every property test sees the same examples on every machine.
+# Processes that tests start go through sets in the same order every time.
 os.environ.setdefault("PYTHONHASHSEED", "0")
 # Side by side, processes of pytest-xdist have a core each; threads that wait for a core that is taken are slow.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -31,6 +31,11 @@ def test_a_run_a_checkpoint_and_an_actor_name_the_same_weights(checkpoint):
     assert source.default_out == run / "evaluation/global_step_7"
 
 
+def test_the_folder_that_verl_saves_to_has_any_name(checkpoint):
+    saved = checkpoint.parent.rename(checkpoint.parent.with_name("saved"))
+    assert locate(str(saved)).path == f"{saved}/global_step_7/actor"
+
+
 def test_a_model_folder_is_taken_as_it_is(toy):
     source = locate(str(toy / "actor"))
     assert (source.path, source.is_sharded) == (str(toy / "actor"), False)

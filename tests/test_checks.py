@@ -212,14 +212,6 @@ def test_critics_that_would_begin_equal_are_pointed_out(said, toy, tmp_path):
     )
 
 
-def test_data_that_end_before_the_run_are_pointed_out(said):
-    """The toy task has 6,000 rows: 375 batches of 16."""
-    message = said("trainer.total_epochs=2", "trainer.total_training_steps=751")
-    assert "the data last for 750 steps at most" in message and "set trainer.total_epochs=3" in message
-    assert "the data last" not in said("trainer.total_epochs=2", "trainer.total_training_steps=750")
-    assert "the data last" not in said("trainer.total_epochs=1")
-
-
 def test_the_last_step_of_the_data_is_the_last(complete):  # noqa: F811
     """verl saves and validates at ``total_training_steps`` only; the learning rate schedule stays the one that was asked for."""
     from verl.trainer.ppo.v1 import get_trainer_cls

@@ -123,12 +123,13 @@ def test_the_sign_and_the_interval_of_a_difference(tmp_path):
     [
         ({"sums": [1, 2, 3]}, {"temperature": "1"}, "1 problems of sums are in one of them only"),
         ({"sums": [1, 2]}, {"temperature": "0.6"}, "temperature is 0.6, not 1"),
+        ({"sums": [1, 2]}, {"temperature": "1", "reward": "/a/lenient.py"}, "reward is lenient.py, not reward.py"),
         ({"products": [1, 2]}, {"temperature": "1"}, "only one of them has sums, only one of them has products"),
     ],
 )
 def test_there_is_no_difference_between_what_cannot_be_compared(tmp_path, right, settings, reason):
-    base = make_evaluation(tmp_path / "base", {"sums": [1, 2]}, temperature="1")
-    other = make_evaluation(tmp_path / "other", right, **settings)
+    base = make_evaluation(tmp_path / "base", {"sums": [1, 2]}, temperature="1", reward="/a/reward.py")
+    other = make_evaluation(tmp_path / "other", right, **({"reward": "/another/place/reward.py"} | settings))
     runs = compare.compare([base, other])
     assert runs[1]["difference"] == {}
     assert f"\n* other: no difference to base: {reason}" in compare.markdown(runs)

@@ -100,6 +100,7 @@ def test_hydras_flags_are_known(flag):
     ("script", "flags"),
     [
         ("run_asyppo_cpu.sh", ["--cfg", "job", "--resolve", "--package", "algorithm"]),
+        ("run_asyppo_qwen3_4b.sh", ["+asyppo.num_critics=3", "--cfg", "job", "--package", "algorithm"]),  # added twice
         ("evaluate.sh", ["--cfg=job", "-p", "algorithm"]),
     ],
 )

@@ -22,6 +22,7 @@ from verl.utils.dataset.rl_dataset import get_dataset_class
 from recipe.asyppo.evaluation.checkpoints import as_huggingface, locate
 from recipe.asyppo.evaluation.evaluate import count_problems, evaluate, length_override, read_settings
 from recipe.asyppo.evaluation.whole_prompts import WholePrompts
+from recipe.asyppo.run_folder import alone
 
 
 def settings(**values: object) -> dict[str, str]:
@@ -48,8 +49,17 @@ def test_problems_are_counted_before_ray_starts(toy, tmp_path):
     (tmp_path / "empty.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty.parquet cannot be read as parquet"):
         count_problems(settings(files=f"[{tmp_path}/empty.parquet]"))
+
+
+def test_what_cannot_begin_leaves_a_folder_as_it_is(toy, tmp_path):
+    """No reward; or another evaluation, which must not take the settings of this one."""
+    overrides = [f"data.val_files=[{toy}/test.parquet]", "reward.custom_reward_function.path="]
     with pytest.raises(ValueError, match="set REWARD"):
-        count_problems(settings(files=files, reward=tmp_path / "reward.py"))
+        evaluate(str(toy / "actor"), tmp_path / "out", [*overrides[:1], overrides[1] + "gone.py"])
+    assert not (tmp_path / "out").exists()
+    with alone(tmp_path / "out"), pytest.raises(SystemExit, match="a run is going on"):
+        evaluate(str(toy / "actor"), tmp_path / "out", [*overrides[:1], overrides[1] + __file__])
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 @pytest.mark.parametrize("platform", ["", "cpu"])

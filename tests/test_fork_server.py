@@ -67,13 +67,14 @@ def test_forks_share_no_process_group(python):
         process.communicate()
 
 
+@pytest.mark.parametrize("to_fork", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_ends_the_fork_too(python, number):
+def test_a_signal_ends_both(python, number, to_fork):
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
     with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
         assert pid != process.pid
-        process.send_signal(number)
+        os.kill(pid if to_fork else process.pid, number)
         assert process.wait(10) == -number
     deadline = time.monotonic() + 10
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:

@@ -1,6 +1,7 @@
 """The mathematics reward: right, wrong, malformed and run-away answers, as verl calls it."""
 
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +255,17 @@ def test_memory_is_bounded_and_a_process_that_is_killed_from_outside_is_replaced
     assert grader.rlimit(psutil.RLIMIT_AS) == (700 << 20, 700 << 20)
     grader.kill()
     assert pool.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
+    assert pool.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next_one():
+    pool = Graders(processes=1, seconds=5.0)
+    assert pool.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        pool.equal(r"\sqrt{2}", "1000000000!")
+    signal.signal(signal.SIGALRM, before)
     assert pool.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
 
 

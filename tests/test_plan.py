@@ -140,6 +140,13 @@ def test_the_fix_makes_it_fit(actor, critic, gpus, algorithm):
         assert Plan(dataclasses.replace(plan.settings, **changes), algorithm).fits
 
 
+def test_the_search_for_a_fix_ends():
+    """A cache that wants more of the card, and a rollout that wants less."""
+    long = settings("32b", "4b", hardware="h200", response_length=24_576, actor_tokens=25_600)
+    changes = fix(Plan(long, "asyppo"))
+    assert changes is None or Plan(dataclasses.replace(long, **changes), "asyppo").fits
+
+
 def test_a_cache_too_small_for_one_sequence_does_not_fit():
     plan = Plan(settings("32b", "4b", gpus=32, critic_offload=True, actor_offload=True), "asyppo")
     assert plan.cache_too_small and not plan.fits

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
+from omegaconf import OmegaConf
 
 from asyppo_verl.config import AsyPPOConfig, is_asyppo
 from asyppo_verl.critic_settings import read_config
 from asyppo_verl.preflight import prepare
+from recipe.asyppo.report.runs import PLACES, flatten
 
 SIZES = ("4b", "8b", "14b")
 EVALUATION_PROBLEMS = {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "minerva": 272, "olympiadbench": 674}
@@ -93,6 +95,13 @@ def test_every_script_is_a_valid_configuration(root, toy, tmp_path, size, algo, 
     assert config.critic.model.path == f"{toy}/{'actor' if is_symmetric else 'critic'}"
     assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 1024
     assert config.trainer.device == (platform or "cuda")
+
+
+def test_the_report_knows_which_settings_say_where_a_run_lies(root, toy, tmp_path):
+    """Runs of two seeds are one band, whatever their folders."""
+    config = validated(command_of(root, "4b", tmp_path, environment(root, toy)))
+    settings = flatten(OmegaConf.to_container(config, resolve=False))
+    assert {key for key, value in settings.items() if str(tmp_path / "run") in str(value)} <= PLACES
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -96,7 +96,10 @@ def test_summary(tmp_path):
     assert "reward       0.150 -> 0.950 (mean of the first 2 and the last 2 of 10 steps)" in summary(tmp_path)
     assert "2.00 s" in summary(tmp_path) and str(tmp_path) in summary(tmp_path)
     assert "critics" not in summary(tmp_path).replace(str(tmp_path), "")
-    assert "ended early  after step 10 of 11" in summary(tmp_path, 11) and "early" not in summary(tmp_path, 10)
+    with open(tmp_path / "metrics.jsonl", "a") as file:  # as verl writes what is no number
+        file.write('{"step": 11, "data": {"critic/score/mean": null, "timing_s/step": 2.0}}\n')
+    assert "-> nan" in summary(tmp_path)
+    assert "ended early  after step 11 of 12" in summary(tmp_path, 12) and "early" not in summary(tmp_path, 11)
 
 
 def test_figures_are_those_of_the_last_fifth():

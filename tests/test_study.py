@@ -234,3 +234,10 @@ def test_intervals_and_the_choice_of_settings(tmp_path):
         store.add("plain", replace(run, seed=0), [index == 4])
     assert rows.best(Store(tmp_path, steps=1), "plain", "grpo", seeds).actor_lr == tasks.TASKS["plain"].actor_lrs[2]
     assert rows.best(store, "plain", "ppo", seeds) is None
+
+
+def test_a_run_that_was_stopped_early_takes_nothing_from_a_longer_one(tmp_path):
+    store, run = Store(tmp_path, steps=2), Run(num_critics=0)
+    store.add("plain", run, [0.5, 0.5])
+    store.add("plain", run, [0.1])
+    assert store.score("plain", run) == Store(tmp_path, steps=2).score("plain", run) == 0.5

@@ -39,7 +39,6 @@ CHECKS: tuple[Callable[[Run], Iterator[str] | None], ...] = (
     saving.check_contents,
     saving.check_folder,
     files.check_prompts,
-    files.check_data,
     models.check_text_models,
     models.check_vocabulary,
     models.check_trainable_heads,

@@ -1,9 +1,6 @@
-"""Data of the run: prompts that verl can read, and how long they last."""
+"""Data of the run: prompts that verl can read."""
 
-import functools
-import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -27,32 +24,6 @@ def check_prompts(run: Run) -> None:
                 )
 
 
-def check_data(run: Run) -> Iterator[str]:
-    """Say it where the data end before ``trainer.total_training_steps``, at which verl would not save the last step.
-
-    verl leaves out rows later (``data.filter_overlong_prompts``), so the data last for that many steps at most.
-    """
-    data, trainer, rows = run.config.data, run.config.trainer, _rows(run)
-    limit, wanted = data.get("train_max_samples", -1), trainer.total_training_steps
-    if rows is None or wanted is None:
-        return
-    used = min(rows, limit) if limit and limit > 0 else rows
-    of_epoch = used // data.train_batch_size
-    steps = of_epoch * trainer.total_epochs
-    if 0 < steps < wanted:
-        yield (
-            f"the data last for {steps} steps at most ({used} rows // data.train_batch_size={data.train_batch_size} * "
-            f"trainer.total_epochs={trainer.total_epochs}), and the run will end then, before "
-            f"trainer.total_training_steps={wanted}; set trainer.total_epochs={math.ceil(wanted / of_epoch)} to reach it"
-        )
-
-
-def _rows(run: Run) -> int | None:
-    """Rows of ``data.train_files``; None if they cannot be counted here."""
-    return sum(metadata.num_rows for _, metadata in _parquet(run, "data.train_files")) or None
-
-
-@functools.lru_cache(maxsize=16)
 def _parquet(run: Run, key: str) -> list[tuple[str, Any]]:
     """Names of the files that a key lists, and what stands in the last bytes of each; nothing if that is not known here."""
     import pyarrow

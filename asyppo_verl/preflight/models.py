@@ -22,7 +22,6 @@ def _build(node: str) -> Any:
     return omega_conf_to_dataclass(OmegaConf.create(node))
 
 
-@functools.lru_cache(maxsize=16)
 def built(run: Run, key: str) -> Any:
     """verl's own object of a node with a ``_target_``, as the workers make it: a model's with its configuration and tokenizer."""
     from hydra.errors import InstantiationException

@@ -1,1 +1,1 @@
-"""The AsyPPO recipe: an explicit entry point, its configuration, and a toy task that trains on a laptop."""
+"""The AsyPPO recipe: entry point and scripts, data and reward, evaluation, reports and planner, toys and the study."""

@@ -43,7 +43,12 @@ def is_question(command: Sequence[str]) -> bool:
 def ask(command: Sequence[str]) -> NoReturn:
     """Run the command, whose answer belongs on the terminal, and exit with its code."""
     with private_tmpdir() as environment:
-        sys.exit(subprocess.run(command, env=environment).returncode)
+        sys.exit(subprocess.run(again_allowed(command), env=environment).returncode)
+
+
+def again_allowed(command: Sequence[str]) -> list[str]:
+    """The command with ``++key`` for ``+key``: hydra refuses to add what the overrides before have added."""
+    return [re.sub(r"^\+(?=\w)", "++", part) for part in command]
 
 
 @contextlib.contextmanager
@@ -103,7 +108,7 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool, held: Sequence[
     with (
         private_tmpdir() as environment,
         open(run_dir / "log", "a") as log,
-        forking(command, environment, log) as forked,
+        forking(again_allowed(command), environment, log) as forked,
         subprocess.Popen(
             forked,
             env={**environment, "VERL_FILE_LOGGER_PATH": str(run_dir / "metrics.jsonl"), "PYTHONUNBUFFERED": "1"},
@@ -128,11 +133,7 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool, held: Sequence[
                 print(progress.group().rstrip(), end="\r" if is_terminal else "\n", flush=True)
         code = process.wait()
         if code:
-            # As Ray chooses the folder and names it; not there if the command ended before, or joined another's Ray.
-            ray = Path(environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or "/tmp", "ray")
-            for logs in ray.glob(f"session_*_{process.pid}/logs"):
-                with contextlib.suppress(OSError):  # what is still being written goes
-                    shutil.copytree(logs, run_dir / "ray_logs", dirs_exist_ok=True)
+            keep_ray_logs(environment, process.pid, run_dir / "ray_logs")
     if signals:
         print(f"ended by {signal.Signals(signals[0]).name}; the log is {run_dir / 'log'}", file=sys.stderr)
         return 128 + signals[0]
@@ -140,6 +141,14 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool, held: Sequence[
         print("".join(tail), file=sys.stderr)
         print(f"the run failed with exit code {code}; the complete log is {run_dir / 'log'}", file=sys.stderr)
     return code
+
+
+def keep_ray_logs(environment: Mapping[str, str], driver: int, kept: Path) -> None:
+    """Copy what each process of a driver's Ray wrote; nothing, if it ended before Ray began, or joined another's."""
+    ray = Path(environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or "/tmp", "ray")  # as Ray chooses it
+    for logs in ray.glob(f"session_*_{driver}/logs"):
+        with contextlib.suppress(OSError):  # what is still being written goes
+            shutil.copytree(logs, kept, dirs_exist_ok=True)
 
 
 def main() -> None:

@@ -8,9 +8,11 @@ resumed with its metrics kept; any other earlier run is moved aside, never overw
 import contextlib
 import fcntl
 import json
+import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from asyppo_verl.checkpoint import latest_step
 
@@ -102,6 +104,15 @@ def read_metrics(metrics: Path) -> dict[int, dict]:
     return dict(sorted(steps.items()))
 
 
+def numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a logged step; verl's file logger writes NaN and infinity as null."""
+    return {
+        key: math.nan if value is None else float(value)
+        for key, value in data.items()
+        if value is None or isinstance(value, (int, float))
+    }
+
+
 def merge_history(run_dir: Path) -> None:
     """Put the steps before a resumption in front of those after it."""
     metrics = run_dir / "metrics.jsonl"
@@ -117,7 +128,8 @@ def merge_history(run_dir: Path) -> None:
 
 def summary(run_dir: Path, wanted: int | None = None) -> str:
     """Where the files are, what the last fifth of the run shows, and that fewer steps than ``wanted`` were made."""
-    found = {step: data for step, data in read_metrics(run_dir / "metrics.jsonl").items() if REWARD in data}
+    logged = read_metrics(run_dir / "metrics.jsonl")
+    found = {step: numbers(data) for step, data in logged.items() if REWARD in data}
     lines = [f"\nrun folder   {run_dir} (metrics.jsonl, checkpoints/, log)"]
     if found:
         lines += figures([*found.values()])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from asyppo_verl.checkpoint import check_shards, latest_step
+from asyppo_verl.checkpoint import check_shards, find_checkpoint
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Weights of a Hugging Face folder, in the order in which transformers looks for them."""
@@ -54,9 +54,7 @@ def locate(target: str) -> Source:
     if (folder / "config.json").exists():
         check_weights(folder)
         return Source(str(folder))
-    run = folder.parent if folder.name == "checkpoints" else folder
-    if (run / "checkpoints").is_dir():
-        folder = run / "checkpoints" / f"global_step_{latest_step(run / 'checkpoints') or 0}"
+    folder = find_checkpoint(folder)
     actor = folder if folder.name == "actor" else folder / "actor"
     if not actor.is_dir():
         raise ValueError(

@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 
 from recipe.asyppo.evaluation import results, score
-from recipe.asyppo.run_folder import REWARD, SECONDS, read_metrics
+from recipe.asyppo.run_folder import REWARD, SECONDS, numbers, read_metrics
 
 CRITIC_SECONDS = ("timing_s/values", "timing_s/update_critic")
 TOKENS_PER_SECOND = "perf/throughput"
 MEMORY = "perf/max_memory_allocated_gb"
 # What two evaluations must have in common for a difference to mean something; their problems are compared themselves.
-SAMPLING = ("temperature", "top_p", "max_response_length")
+SAMPLING = ("temperature", "top_p", "top_k", "max_response_length", "reward")
 TRAINING = {
     # heading: (figure, format)
     "steps": ("steps", "{:.0f}"),
@@ -42,7 +42,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the folder holds neither metrics nor an evaluation.
     """
-    steps = [data for data in read_metrics(path / "metrics.jsonl").values() if SECONDS in data]
+    steps = [numbers(data) for data in read_metrics(path / "metrics.jsonl").values() if SECONDS in data]
     files = (
         [path / "results.json"] if (path / "results.json").exists() else (path / "evaluation").glob("*/results.json")
     )
@@ -116,8 +116,8 @@ def obstacles(run: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> 
 
 
 def _value(written: str | None) -> Any:
-    """An override as hydra reads it, so that 1 and 1.0 are the same temperature."""
-    return None if written is None else yaml.safe_load(written)
+    """An override as hydra reads it, so that 1 and 1.0 are the same temperature; of a file its name."""
+    return None if written is None else yaml.safe_load(written.rpartition("/")[2])
 
 
 def difference(run: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
@@ -25,6 +26,7 @@ SETTINGS = {
     "k": "actor_rollout_ref.rollout.val_kwargs.n",
     "temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
     "top_p": "actor_rollout_ref.rollout.val_kwargs.top_p",
+    "top_k": "actor_rollout_ref.rollout.val_kwargs.top_k",
     "max_response_length": "data.max_response_length",
     "max_problems": "data.val_max_samples",
     "reward": "reward.custom_reward_function.path",
@@ -51,8 +53,6 @@ def count_problems(settings: dict[str, str]) -> int:
     Raises:
         ValueError: if a file is missing, unreadable or not in verl's schema.
     """
-    if not Path(settings["reward"]).exists():
-        raise ValueError(f"reward.custom_reward_function.path={settings['reward']} does not exist; set REWARD")
     total = 0
     for name in problem_files(settings):
         if not Path(name).exists():
@@ -88,10 +88,12 @@ def length_override(model: str, overrides: list[str]) -> list[str]:
     return [f"{key}={min(sum(map(int, filter(None, lengths))), most)}"]
 
 
-def generate(source: Source, out: Path, overrides: list[str], *, problems: int, verbose: bool) -> None:
+def generate(
+    source: Source, out: Path, overrides: list[str], *, problems: int, verbose: bool, held: Sequence[int]
+) -> None:
     """Let verl sample and score, then keep every response in ``samples.jsonl``."""
     dump, log = out / ".dump", out / "log"
-    with alone(out) as held, as_huggingface(source, out / ".model", log) as model:
+    with as_huggingface(source, out / ".model", log) as model:
         shutil.rmtree(dump, ignore_errors=True)
         command = [sys.executable, "-m", "verl.trainer.main_ppo", f"actor_rollout_ref.model.path={model}"]
         command += [
@@ -116,29 +118,31 @@ def evaluate(target: str, out: Path | None, overrides: list[str], *, verbose: bo
         ValueError: if something is missing, or the folder holds an evaluation of something else.
     """
     source, settings = locate(target), read_settings(overrides)
+    if not Path(settings["reward"]).exists():
+        raise ValueError(f"reward.custom_reward_function.path={settings['reward']} does not exist; set REWARD")
     problems = count_problems(settings)
-    out = (out or source.default_out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
     # How Ray is started has no part in the figures; on a CPU its folder is another one every time.
     decisive = [part for part in overrides if "ray_kwargs" not in part]
     read = [*problem_files(settings), settings["reward"]]
     read += [str(path) for pattern in MODEL for path in Path(source.path).glob(pattern)]
     files = {name: [(stat := os.stat(name)).st_size, stat.st_mtime_ns] for name in read}
     request = {"target": source.path, "settings": settings, "overrides": decisive, "files": files}
-    kept = out / "request.json"
-    if kept.exists() and {**request, **json.loads(kept.read_text())} != request:
-        if (out / "samples.jsonl").exists():
-            raise ValueError(f"{out} holds another evaluation ({kept}); set OUT to another folder, or move it away")
-        print(f"starting afresh: {out} holds an unfinished evaluation with other settings")
-    results.write(kept, json.dumps(request, indent=2))
-    if (out / "samples.jsonl").exists():
-        print(f"the responses are already in {out}")
-    else:
-        generate(source, out, overrides, problems=problems, verbose=verbose)
-    figures = results.evaluate(results.read_lines(out / "samples.jsonl"))
-    table = {"target": source.path, "settings": settings, **figures}
-    results.write(out / "results.json", json.dumps(table, indent=1))
-    results.write(out / "results.md", results.markdown(table))
+    out = (out or source.default_out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    kept, samples = out / "request.json", out / "samples.jsonl"
+    with alone(out) as held:
+        if kept.exists() and {**request, **json.loads(kept.read_text())} != request:
+            if samples.exists():
+                raise ValueError(f"{out} holds another evaluation ({kept}); set OUT to another folder, or move it away")
+            print(f"starting afresh: {out} holds an unfinished evaluation with other settings")
+        results.write(kept, json.dumps(request, indent=2))
+        if samples.exists():
+            print(f"the responses are already in {out}")
+        else:
+            generate(source, out, overrides, problems=problems, verbose=verbose, held=held)
+        table = {"target": source.path, "settings": settings, **results.evaluate(results.read_lines(samples))}
+        results.write(out / "results.json", json.dumps(table, indent=1))
+        results.write(out / "results.md", results.markdown(table))
     return out
 
 

@@ -69,12 +69,17 @@ class Plan:
 def fix(plan: Plan) -> dict[str, Any] | None:
     """Changes of settings, found one after the other, with which the plan fits; None if none of those known is enough."""
     changes: dict[str, Any] = {}
+    tried = [plan.settings]  # one change may undo another
     while not plan.fits:
-        change = next(_fixes(plan), None)
-        if change is None:
+        for change in _fixes(plan):
+            settings = dataclasses.replace(plan.settings, **change)
+            if settings not in tried:
+                break
+        else:
             return None
         changes |= change
-        plan = Plan(dataclasses.replace(plan.settings, **change), plan.algorithm)
+        tried.append(settings)
+        plan = Plan(settings, plan.algorithm)
     return changes
 
 

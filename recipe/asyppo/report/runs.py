@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from recipe.asyppo.run_folder import read_metrics
+from recipe.asyppo.run_folder import numbers, read_metrics
 
 PLACES = {
     "trainer.default_local_dir",
@@ -19,6 +19,7 @@ PLACES = {
     "trainer.validation_data_dir",
     "trainer.resume_mode",
     "trainer.resume_from_path",
+    "ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH",
 }
 """Settings that say where a run lies and what it is called, not what it does."""
 
@@ -77,15 +78,6 @@ def load(path: Path) -> Run:
         },
         settings=read_settings(file.parent),
     )
-
-
-def numbers(data: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a logged step; verl's file logger writes NaN and infinity as null."""
-    return {
-        key: math.nan if value is None else float(value)
-        for key, value in data.items()
-        if value is None or isinstance(value, (int, float))
-    }
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

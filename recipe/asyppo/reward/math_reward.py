@@ -130,6 +130,12 @@ class Graders:
                     f"{self._command} failed, see above: pip install 'math-verify[antlr4_9_3]'?"
                 ) from None
             return None
+        except BaseException:  # an interruption: the process would give its answer to the next question
+            if process:
+                process.kill()
+                process.communicate()
+            process = None
+            raise
         finally:
             self._idle.put(process)
 

@@ -61,7 +61,7 @@ def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
     return table(["actor lr", *FITNESS], body)
 
 
-def setting(run: Run | None, algorithm: str) -> str:
+def setting(run: Run | None) -> str:
     if run is None:
         return "not tuned"
     critics = f", critic lr {run.critic_lr:g}" if run.num_critics else ""
@@ -88,7 +88,7 @@ def comparison(store: Store, task: str, seeds: Seeds) -> str:
             mean_metric(store, task, run, seeds, "explained_var") if run else "-",
             mean_metric(store, task, run, seeds, "masked_to_kept") if run else "-",
             mean_metric(store, task, run, seeds, "admitted") if run else "-",
-            setting(run, algorithm),
+            setting(run),
         ]
         for algorithm, run in tuned.items()
     ]

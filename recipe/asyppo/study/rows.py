@@ -37,13 +37,20 @@ class Store:
         self.path, self.steps = folder / "runs.jsonl", steps
         folder.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = {line["key"]: line for line in map(json.loads, lines)}
+        self.done: dict[str, dict] = {}
+        for line in map(json.loads, lines):
+            self._keep(line)
 
     def add(self, task: str, run: Run, curve: Sequence[float], **facts: object) -> None:
         line = {"key": key(task, run), "curve": [round(reward, 4) for reward in curve], **facts}
-        self.done[line["key"]] = line
+        self._keep(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _keep(self, line: dict) -> None:
+        """The longest of a run's lines counts: a later one may have been stopped early."""
+        if len(line["curve"]) >= len(self.done.get(line["key"], {"curve": ()})["curve"]):
+            self.done[line["key"]] = line
 
     def line(self, task: str, run: Run) -> dict | None:
         """The run's line, if it has as many steps as are asked for."""
