@@ -18,6 +18,7 @@ from verl.trainer.ppo.utils import Role
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name, get_nccl_backend
+from verl.utils.metric import AggregationType, Metric
 from verl.utils.profiler import DistProfilerExtension
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
@@ -57,12 +58,17 @@ class MiniCriticSpec:
 def critic_specs(nodes: Sequence[DictConfig], head_seed: int) -> list[MiniCriticSpec]:
     """The mini-critics built from verl ``critic`` nodes, with the head seeds ``head_seed``, ``head_seed + 1`` and so on.
 
-    Critics with the same node share one configuration, so that their tokenizer is loaded, and sent to every rank, once.
+    Critics with the same node share one configuration, and those with the same tokenizer share that.
     """
     workers: dict[int, TrainingWorkerConfig] = {}
+    first_of: dict[str, Any] = {}
     for node in nodes:
         if id(node) not in workers:
             workers[id(node)] = worker_config(node)
+            # Ray ships a worker class of at most 100 MB, and a tokenizer takes 10 to 30.
+            model = workers[id(node)].model_config
+            first = first_of.setdefault(model.tokenizer_path, model)
+            model.tokenizer, model.processor = first.tokenizer, first.processor
     return [MiniCriticSpec(workers[id(node)], head_seed + index) for index, node in enumerate(nodes)]
 
 
@@ -158,6 +164,24 @@ class MiniCritic(TrainingWorker):
         return super().train_batch(data)
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenMeans:
+    """verl's value loss, with means over the response tokens of an optimizer step beside it.
+
+    verl takes means of micro-batches, to which one of fillers adds a 0: that would depend on the number of ranks.
+    """
+
+    loss_fn: Callable
+
+    def __call__(self, model_output: dict, data: TensorDict, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
+        loss, metrics = self.loss_fn(model_output, data, dp_group)
+        # A SUM is one over micro-batches of the mean over ranks.
+        share = data["response_mask"].values().sum().item() * data["dp_size"] / data["batch_num_tokens"]
+        for name in ("critic/vf_clipfrac", "critic/vpred_mean"):
+            metrics[name] = Metric(AggregationType.SUM, metrics[name] * share)
+        return loss, metrics
+
+
 class ShuffledResponses:
     """Row numbers of one rank, in which the responses change places in every pass and the fillers keep theirs."""
 
@@ -221,7 +245,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
     def set_loss_fn(self, loss_fn: Callable) -> None:
         """Give every critic verl's value loss; each normalises and clips on its own data."""
         for critic in self.critics.values():
-            critic.set_loss_fn(loss_fn)
+            critic.set_loss_fn(TokenMeans(loss_fn) if isinstance(critic, MiniCritic) else loss_fn)
 
     @register(dispatch_mode=_TRAIN, blocking=False)
     def infer_batch(self, data: TensorDict) -> TensorDict | None:

@@ -1,10 +1,10 @@
-"""What happens around a save: older checkpoints go when the new one is complete, on every node."""
+"""What happens around a save: older checkpoints go when the new one is complete, on every node of the run."""
 
 import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,16 @@ class Saved:
     """The step of this folder that it went on from; 0 if it began anew, or elsewhere."""
     since: list[int] = dataclasses.field(default_factory=list)
     """The steps that it has saved since then."""
+    stays: int = 0
+    """The checkpoints up to this step stay: a run that names the one to go on from is started by the same command again."""
 
     @classmethod
     def of(cls, trainer: Any, step: int) -> "Saved":
         """Those of a run that verl has just loaded at ``step``."""
-        is_elsewhere = trainer.resume_mode == "resume_path" and (
-            Path(trainer.resume_from_path).resolve().parent != Path(trainer.default_local_dir).resolve()
-        )
-        return cls(start=0 if is_elsewhere else step)
+        if trainer.resume_mode != "resume_path":
+            return cls(start=step)
+        is_here = Path(trainer.resume_from_path).resolve().parent == Path(trainer.default_local_dir).resolve()
+        return cls(start=step, stays=step) if is_here else cls(start=0)
 
     def __contains__(self, step: int) -> bool:
         return step <= self.start or step in self.since  # those of earlier starts count as well
@@ -54,7 +56,7 @@ def remove_old(root: Path, saved: Saved, keep: Mapping[str, int | None]) -> None
             of at least 1 keeps all.
     """
     for folder, count in keep.items():
-        paths = [root / f"global_step_{step}" / folder for step in saved.below(root)]
+        paths = [root / f"global_step_{step}" / folder for step in saved.below(root) if step > saved.stays]
         paths = [path for path in paths if path.is_dir()]
         for path in paths[:-count] if isinstance(count, int) and count > 0 else []:
             shutil.rmtree(path, onerror=_warn)
@@ -66,17 +68,15 @@ def _warn(_function: Any, path: str, caught: tuple) -> None:
         logger.warning(f"an old checkpoint stays for now: {path} cannot be removed ({caught[1]})")
 
 
-def remove_old_elsewhere(root: Path, saved: Saved, keep: Mapping[str, int | None]) -> None:
-    """Do the same on the other nodes of the cluster, whose ranks may write to disks of their own."""
-    here = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    task = ray.remote(num_cpus=0)(remove_old)
-    ray.get(
-        [
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(root, saved, keep)
-            for node in others
-        ]
-    )
+def remove_old_elsewhere(root: Path, saved: Saved, keep: Mapping[str, int | None], nodes: Iterable[str]) -> None:
+    """Do the same on other nodes, whose ranks may write to disks of their own; the next save tries again where it fails."""
+    here, task = ray.get_runtime_context().get_node_id(), ray.remote(num_cpus=0)(remove_old)
+    on = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes if node != here}
+    answers = [task.options(scheduling_strategy=strategy).remote(root, saved, keep) for strategy in on.values()]
+    try:
+        ray.get(answers)
+    except ray.exceptions.RayError as error:
+        logger.warning(f"old checkpoints stay for now on another node: {error}")
 
 
 def step_back(root: Path, saved: Saved, step: int) -> None:
@@ -97,10 +97,10 @@ def step_back(root: Path, saved: Saved, step: int) -> None:
 
 
 @contextlib.contextmanager
-def older_ones_last(config: Any, saved: Saved, step: int) -> Iterator[None]:
+def older_ones_last(config: Any, saved: Saved, step: int, nodes: Iterable[str] = ()) -> Iterator[None]:
     """Around verl's saving of step ``step``: the older checkpoints go when the new one is complete, and none is mixed.
 
-    ``saved`` then has the step too.
+    ``saved`` then has the step too. ``nodes`` are Ray's names of those on which models of the run are saved.
 
     verl removes them while it writes, the actor's before the critics' are there, so that a crash at that moment would leave
     nothing to resume from; and it forgets those of earlier starts. Checkpoints that verl writes in the background are
@@ -122,5 +122,5 @@ def older_ones_last(config: Any, saved: Saved, step: int) -> Iterator[None]:
         trainer.update({name: value for name, value in given.items() if value is not None})
     saved.since.append(step)
     remove_old(root, saved, keep)
-    if ray.is_initialized():
-        remove_old_elsewhere(root, saved, keep)
+    if nodes:
+        remove_old_elsewhere(root, saved, keep, nodes)

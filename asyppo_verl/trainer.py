@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 from omegaconf import DictConfig
+from ray.util import placement_group_table
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import compute_gae_advantage_return
@@ -298,8 +299,14 @@ class AsyPPOMixin(_Base):
         self._saved = Saved.of(self.config.trainer, self.global_steps)
 
     def _save_checkpoint(self) -> None:
-        with older_ones_last(self.config, self._saved, self.global_steps):
+        with older_ones_last(self.config, self._saved, self.global_steps, self._nodes):
             super()._save_checkpoint()
+
+    @functools.cached_property
+    def _nodes(self) -> set[str]:
+        """Ray's names of the nodes that the models are on."""
+        groups = [group for pool in self.resource_pool_manager.resource_pool_dict.values() for group in pool.pgs or ()]
+        return {node for group in groups for node in placement_group_table(group)["bundles_to_node_id"].values()}
 
     # -- critic update ---------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from good_settings import ESTIMATORS, LEGAL
 from omegaconf import OmegaConf
 from test_bad_input import complete, critic_copy, data, driver, edit, refusal  # noqa: F401
-from transformers import AutoTokenizer, Qwen3ForTokenClassification
+from transformers import AutoTokenizer, Qwen3ForSequenceClassification, Qwen3ForTokenClassification
 
 from asyppo_verl.config import SUPPORTED_VERL
 from asyppo_verl.preflight import gpus, prepare
@@ -199,11 +199,12 @@ def test_loss_modes_that_look_at_all_tokens_are_pointed_out(said, loss_mode):
     assert f"loss_mode='{loss_mode}' looks at all" in said(f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode}")
 
 
-def test_critics_that_would_begin_equal_are_pointed_out(said, toy, tmp_path):
-    """One folder with a value head for both; with a folder each, or new heads, nothing is said."""
+@pytest.mark.parametrize("kind", [Qwen3ForTokenClassification, Qwen3ForSequenceClassification])
+def test_critics_that_would_begin_equal_are_pointed_out(said, toy, tmp_path, kind):
+    """One folder with a value head for both, or of a reward model; with a folder each, or new heads, nothing is said."""
     torch.manual_seed(0)
     for name in ("first", "second"):
-        Qwen3ForTokenClassification.from_pretrained(toy / "critic", num_labels=1).save_pretrained(tmp_path / name)
+        kind.from_pretrained(toy / "critic", num_labels=1).save_pretrained(tmp_path / name)
         AutoTokenizer.from_pretrained(toy / "critic").save_pretrained(tmp_path / name)
     own = f"+asyppo.critic_overrides.1.model.path={tmp_path}/second"
     assert "begin equal" not in said() + said(f"critic.model.path={tmp_path}/first", own)

@@ -69,6 +69,8 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     with open_dict(config):
         settle(views)
         config.critic.enable = True
+        if config.actor_rollout_ref.actor.strategy != "megatron":
+            config.actor_rollout_ref.actor.checkpoint.async_save = False
         # A process without the plugin does not know this name, so it stops instead of training something else.
         config.trainer.v1.trainer_mode = TRAINER_PREFIX + trainer_mode(config)
         if config.trainer.resume_mode == "resume_path":

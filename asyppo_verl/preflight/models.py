@@ -100,7 +100,10 @@ def check_trainable_heads(run: Run) -> Iterator[str]:
                 f"{run.key(f'critic.model.{name}')}={run.get(f'critic.model.{name}')}: verl does not train the value head of "
                 "a LoRA critic; set critic.model.lora_rank=0, and lora_adapter_path=null"
             )
-    if len(run.critics) > 1 and any("ForTokenClassification" in name for name in critic.architectures):
+    has_head = any(
+        name.endswith(("ForTokenClassification", "ForSequenceClassification")) for name in critic.architectures
+    )
+    if len(run.critics) > 1 and has_head:
         yield (
             f"{len(run.critics)} mini-critics start from {critic.path} with its value head, so they begin equal and disagree "
             "on nothing; give each a folder of its own with asyppo.critic_overrides.<m>.model.path"
