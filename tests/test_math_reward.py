@@ -59,7 +59,14 @@ x \ge \sqrt7    | [\sqrt7, \infty)
 Yes             | \text{yes}
 No solution     | \text{no solution}
 \text{does not exist} | \text{Does not exist}
-5               | \boldsymbol{5}
+5               | \boldsymbol{5} | 5\text{ min} | 5 min | t = 5\text{ sec} | 5\text{ kWh} | 5 \text{ mL} | 5^\circ C | \overline{AB} = 5
+45\text{ min}   | 45 \text{ minutes}
+27              | \textbf{(B)}\ 27 | 27 | \text{Area} = 27 \text{ cm}^2
+B               | \textbf{(B)}\ 12\pi | (B) \frac{1}{2} | B. 12
+0,\pm1          | 1, 0, -1 | \pm 1, 0
+\begin{pmatrix}1\\-2\end{pmatrix} | \left(\begin{array}{c}1\\-2\end{array}\right) | \begin{bmatrix}1 \\[4pt] -2\end{bmatrix}
+\langle1,2,3\rangle | (1,2,3)
+2 < x < 3       | x \in (2,3) | (2,3)
 \text{Ann and Bob} | \text{Bob and Ann}
 """
 # A line: a truth, and answers that differ from it. Most are public reports about math graders.
@@ -127,6 +134,11 @@ S_3             | S | S_4
 n \equiv 1 \pmod 4 | n \equiv 3 \pmod 4
 Yes             | No
 C               | D | c | (C) + 1 | \text{(D) } 12
+27              | \textbf{(B)}\ 28
+-1,1            | -1 < x < 1 | x \in (-1,1)
+-1 < x < 1      | -1,1 | x = -1 \text{ or } x = 1 | \{-1,1\}
+(-2,5)          | x = -2 \text{ or } x = 5
+5\text{ min}    | 5\text{ sec}
 \text{east}     | \text{west}
 \text{listen}   | \text{silent}
 \frac{1}{2}     | \frac{ | \frac{1}{ | \sqrt | ^ | _ | \left( | }{ | \\\\ | = | <> | + | % | , | 1/0 | \begin{pmatrix} 1 & 2 \\

@@ -30,13 +30,15 @@ UNREADABLE = re.compile(
     r"|[A-Za-z]\^\{\(\w+\)\}|(?<![\\A-Za-z])[f-h]\^\{-1\}\(|\d,\d{3}|\d\\frac\{\d+\}\{\d+\}.|\d[eE][+-]?\d|\\(?:overline|dot)\{\d"
 )
 # "x = ...", "f(x) = ...", "P(X > 1) = ...", "a + b = ...", but not "2x = ..." or "x^2 = ..."
-NAME = re.compile(r"(?!\\pi$)(?=.*[A-Za-z])(?:[^]\d^()[{}-]|(?:_|\\text)\{[^{}]*\}|\([^()]*\)|\[[^][]*\])+")
+NAME = re.compile(r"(?!\\pi$)(?=.*[A-Za-z])(?:[^]\d^()[{}-]|(?:_|\\text|\\overline)\{[^{}]*\}|\([^()]*\)|\[[^][]*\])+")
 EQUALS = re.compile(r"(?:=|\\in(?![a-z])|\\approx)(?![^{]*\})")
+# More than single values: -1 < x < 1, and x \in (-1, 1)
+REGION = re.compile(r"[<>]|\\(?:[lg]eq?(?:slant)?|[lg]t)(?![a-z])|\\in(?![a-z]) ?[\[(]")
 # A value and its unit, or all and nothing. Not a unit: what changes value or statement, other signs, capitals that no unit has.
 NO_UNIT = (
     r"\b(?:not?|more|less|least|most|below|above|except|(?:pair|dozen|hundred|thousand|\w*illion|third|quarter|\w+(?<!mon)th)s?"
     r"|hal\w+|squared|cubed|factorial|plus|minus|times|modulo|base|even|odd|i[sfd]|of|to|[ap]m)\b|.\(|[,.+]|\d(?![^{}]*\})"
-    r"|(?<!\\text)\{(?!\\text|\\circ|(?<=\^\{)-?\d\})|\b(?!(?:[kMG]?(?:Hz|W|V|N|J|Pa|eV)|[KCFAT]|[A-Z]{3})\b)\w*[A-Z]"
+    r"|(?<!\\text)\{(?!\\text|\\circ|(?<=\^\{)-?\d\})|\b(?!(?:[kMGmnh]?(?:Hz|Wh?|V|N|J|Pa|eV|A|L|T|pc)|dB|AU|[CKF]|Celsius|Fahrenheit|[A-Z]{3})\b)\w*[A-Z]"
 )
 UNIT = re.compile(
     rf"((?:[^A-Za-z\\]|\\(?:pi|frac|sqrt|times|cdot))+?(?=(?:[(^{{]|\\frac\{{|\\mu)*(?:\\text.*|\\circ\}}.*|%)$)"
@@ -57,7 +59,8 @@ def _parts(text: str) -> tuple[str, list[str]]:
 def _named(text: str) -> tuple[str, list[str]]:
     """The name before "=", if it is no part of the value as in "AB = BA", and what is on the other sides."""
     name, *values = EQUALS.split(text)
-    own, used = (re.findall(r"\\[A-Za-z]+|[A-Za-z]", it) for it in (re.sub(r"[(_[].*", "", name), " ".join(values)))
+    without_units = re.sub(r"\\text\{[^{}]*\}", "", " ".join(values))
+    own, used = (re.findall(r"\\[A-Za-z]+|[A-Za-z]", it) for it in (re.sub(r"[(_[].*", "", name), without_units))
     named = values and NAME.fullmatch(name) and not set(own) & set(used)
     return (name, values) if named else ("", [name, *values])
 
@@ -76,12 +79,18 @@ def equal(truth: str, answer: str) -> bool:
         kinds = {brackets, others}
         if len(parts) != len(given) or (len(kinds) > 1 and kinds not in ({"", "()"}, {"", r"\{\}"})):
             return False
-        named = [len({EQUALS.split(part)[0] for part in side if EQUALS.search(part)}) > 1 for side in (parts, given)]
+        names = [[EQUALS.split(part)[0] for part in side if EQUALS.search(part)] for side in (parts, given)]
+        if "()" in kinds and any(len(set(it)) < len(it) for it in names):  # values of one name are no point
+            return False
+        named = [len(set(it)) > 1 for it in names]
         if kinds - {"", r"\{\}"} or named[0] != named[1]:
             return all(map(equal, parts, given))
         return sorted(parts) == sorted(given) or all(
             sum(equal(part, it) for it in parts) == sum(equal(part, it) for it in given) for part in parts
         )
+    for signs, listed, text, other in ((brackets, parts, truth, answer), (others, given, answer, truth)):
+        if len(listed) > 1 and signs in ("", r"\{\}") and REGION.search(other) and not REGION.search(text):
+            return False
     (true_name, true), (name, values) = _named(truth), _named(answer)
     bare = not name and len(values) == 1
     if (bare or name == true_name) if true_name else (len(true) == 1 and not bare):

@@ -38,6 +38,9 @@ SAME_AS = r"""²:^2 ×:\times ÷:/ ·:\cdot −:- °:^\circ ≤:\le ≥:\ge ∞:
 \varnothing:\emptyset \dots:\ldots ...:\ldots \Bbb:\mathbb \lbrace:\{ \rbrace:\} \dfrac:\frac \tfrac:\frac \sfrac:\frac"""  # noqa: RUF001
 SAME = dict(pair.split(":") for pair in SAME_AS.split())
 FUNCTION = r"(?:arc|ar|a)?(?:sin|cos|tan|cot|sec|csc)h?|exp|ln|log|gcd|max|min|det|dim|Re|Im|mod|sqrt|pi"
+PART = r"(?:(?!\\pm|\\[{}])[^,()\[\]]|\((?:[^,()]|\([^,()]*\))*+\))*+"  # of a list
+# A letter of a multiple-choice question and its value.
+CHOICE = re.compile(r"(?:\\text\{)?\(?([A-Z])[).:]\}?((?:\.?\d|\\frac|\\sqrt).*)")
 REWRITES: dict[str, Any] = {
     # Signs and names that print the same.
     r"\\[A-Za-z]+|\.\.\.|[^\x00-\x7f]": lambda m: f"{SAME[m[0]]} " if m[0] in SAME else normalize("NFKC", m[0]),  # 13
@@ -45,10 +48,17 @@ REWRITES: dict[str, Any] = {
     r"\\(?:mathrm|operatorname|mbox|text(?:bf|it|rm|normal)|mathit)(?![a-z])": r"\\text",  # 21
     r"(?:[~\s]|(?<!\\)\\(?:[,;: ]|(?:left|right|[bB]ig[glr]*|\w+style|large|bf|underline|\w*square|q*uad)(?![a-z])))+": " ",  # 23
     r"^ *(?:\\text *)?\{([^{}]*)\} *$": r"\1",  # 8
+    r"[(\[] *\\begin *\{array\} *\{[clr| ]*\}(.*?)\\end *\{array\} *[)\]]": r"\\begin{pmatrix}\1\\end{pmatrix}",  # 0
+    r"\\(begin|end) *\{bmatrix\}": r"\\\1{pmatrix}",  # 0
+    r"\\\\ *\[[\d.]+ *[a-z]{2}\]": r"\\\\",  # 0
+    r"\\([lr])angle(?![a-z])": lambda m: "()"[m[1] == "r"],  # 0
     r"(?<![\d,.(\[])(?<!\\\{)\d{1,3}(?:[, ]\d{3})+(?![\d,]| \d)": lambda m: re.sub(r"\D", "", m[0]),  # 4
     r"\\mathbb *\{?Z\}? */ *\{?(\w+)\}? *\\mathbb *\{?Z\}?": r"\\mathbb{Z}_{\1}",  # 3
     r"\\%|\\text *\{ *(?:\\?%|percent) *\}|(?<=\d) *percent\b": "%",  # 4
-    r"\\text *\{ *degrees? *\}": r"^{\\circ}",  # 2
+    r"\\text *\{ *degrees? *\}|\^ *\\circ(?= *[CFK]\b)": r"^{\\circ}",  # 2
+    r"(?<=\d) *(?:\\text *\{ *)?(?:(min)|sec)s?\.? *\}?$": lambda m: (
+        r"\text{minutes}" if m[1] else r"\text{seconds}"
+    ),  # 0
     # Roman letters are a word or a unit, but not a function, a constant, or what is applied like a function.
     rf"\\text *\{{ *({FUNCTION}) *\}}|(?<![\\A-Za-z])({FUNCTION})(?![A-Za-z])": r"\\\1\2 ",  # 9
     r"\\(?:boldsymbol|bm)(?![a-z])": r"\\mathbf",  # 0
@@ -62,8 +72,8 @@ REWRITES: dict[str, Any] = {
     r"(?:\\text *\{[ ,]*(?:and|or)?[ ,]*\}|(?<!\\)\b(?:and|or)\b|[;,] *)+": ",",  # 6, and 2 wrong
     r"((?<=\d) (?=\d)|(?<=[A-Za-z]) (?=[A-Za-z]))| +": r"\1",  # 16
     r"^(?:[ ,]|\.(?!\d)|\\approx|\\text\{(?:[Tt]he )?(?:answer is|converges to|approximately|about)\})+|[ .,\\]+$": "",  # 6
-    r"^(?:\\text\{)?\(?([A-Z])[).:]\}?[\d.]*$": r"\1",  # 2
-    r"^([^,]*)\\pm([^,]*)$": r"\1+\2,\1-\2",  # 3
+    r"^(?:\\text\{)?\(?([A-Z])[).:]\}?$": r"\1",  # 2
+    rf"(?<![^,])({PART})\\pm({PART})(?![^,])": r"\1+\2,\1-\2",  # 3
     # As the parser reads it: f' as a name of its own, sines of degrees, log as the natural one.
     r"\^\{('+)\}|('+)": lambda m: f"_{{{'p' * len(m[1] or m[2])}}}",  # 1, and 4 wrong
     r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{\d\})?\(?)(\d+)\^\{\\circ\}": r"\1\\frac{\2\\pi}{180}",  # 4
@@ -162,6 +172,8 @@ def compute_score(
     boxed, pred = last_boxed(solution_str), ""
     if boxed is not None and len(boxed) <= LONGEST_ANSWER:
         truth, answer = plain(str(ground_truth)), plain(boxed)
+        if choice := CHOICE.fullmatch(answer):
+            answer = choice[1] if re.fullmatch("[A-Z]", truth) else choice[2]
         exact, value = number(truth), number(answer)
         pred = answer if value is None else str(value)
         verdict = truth == answer or (exact is not None and exact == value) or graders.equal(truth, answer)
