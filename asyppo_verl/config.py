@@ -135,8 +135,8 @@ class AsyPPOConfig:
     paper. Idle while ``actor_rollout_ref.actor.entropy_coeff`` is 0."""
 
     critic_lam: float = 1.0
-    """Lambda of the critics' target (``algorithm.lam`` is the actor's). 1 is the Monte-Carlo return, as in one reading of
-    the paper; below 1 the target is the lambda-return of the ensemble mean (our decision)."""
+    """Lambda of the critics' target (``algorithm.lam`` is the actor's). 1 is the Monte-Carlo return, as others
+    read the paper; below 1 the target is the lambda-return of the ensemble mean (our decision)."""
 
     shard: str = "group"
     """Which responses a critic trains on: "group" (the paper: every group is split evenly), "prompt" (whole groups), "none"

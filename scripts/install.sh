@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the CPU runs and the tests need into .venv. About two minutes the first time, a second afterwards.
+# Install what the CPU runs and the tests need into .venv. About three minutes the first time, a second afterwards.
 # PYTHON names the interpreter (3.11 or 3.12; default python3). TORCH_INDEX names the package index with torch's CPU
 # wheels (default: PyTorch's own); set it to "" where only your usual index can be reached.
 set -euo pipefail

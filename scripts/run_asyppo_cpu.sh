@@ -4,7 +4,7 @@
 # are downloaded. Each critic has seen 12,288 graded answers of the starting actor (recipe/asyppo/toy/make_spelling.py).
 #
 #   Hardware  two cores, 10 GB of memory, no GPU, Linux
-#   Time      installation two minutes, models and data one to three (both once), training five to seven minutes
+#   Time      installation three minutes, models and data one to three (both once), training five to seven minutes
 #   Expect    reward from about 0.3 to 0.5 (share of exact answers), explained variance of the critics above 0.3,
 #             |advantage| of masked tokens below 0.9 of the kept ones'
 #

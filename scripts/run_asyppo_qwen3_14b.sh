@@ -3,8 +3,8 @@
 #
 #   Hardware  one node of 8 GPUs with 80 GB (GPU_GB=80, the default) or 141 GB (GPU_GB=141); NNODES for more than one
 #   Memory    80 GB cards: 60 GiB, 141 GB cards: 125 GiB at the peak of all four algorithms (planned)
-#   Time      8 H100: 101 h, 8 H200: 84 h for 312 steps, and about 4 h, 2 h for 14 validations, each of 1,550 problems with
-#             4 samples (estimates of the same plans, not measured)
+#   Time      8 H100: 101 h, 8 H200: 84 h for 312 steps (ALGO=ppo: 153 h, 127 h), and about 4 h, 2 h for 14 validations,
+#             each of 1,550 problems with 4 samples (estimates of the same plans, not measured)
 #   Plans     80 GB cards: python -m recipe.asyppo.plan --actor 14b --critic 4b --actor-offload --critic-offload \
 #                 --critic-tokens 18432 --value-tokens 18432 --tensor-parallel 2 --gpu-memory-utilization 0.75
 #             141 GB cards: python -m recipe.asyppo.plan --actor 14b --critic 4b --hardware h200 --tensor-parallel 2

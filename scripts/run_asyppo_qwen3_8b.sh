@@ -3,8 +3,8 @@
 #
 #   Hardware  one node of 8 GPUs with 80 GB (GPU_GB=80, the default) or 141 GB (GPU_GB=141); NNODES for more than one
 #   Memory    80 GB cards: 67 GiB, 141 GB cards: 120 GiB at the peak of all four algorithms (planned)
-#   Time      8 H100: 65 h, 8 H200: 52 h for 312 steps, and about 4 h, 2 h for 14 validations, each of 1,550 problems with
-#             4 samples (estimates of the same plans, not measured)
+#   Time      8 H100: 65 h, 8 H200: 52 h for 312 steps (ALGO=ppo: 100 h, 81 h), and about 4 h, 2 h for 14 validations,
+#             each of 1,550 problems with 4 samples (estimates of the same plans, not measured)
 #   Plans     80 GB cards: python -m recipe.asyppo.plan --actor 8b --critic 1.7b --critic-offload --gpu-memory-utilization 0.7
 #             141 GB cards: python -m recipe.asyppo.plan --actor 8b --critic 1.7b --hardware h200 --actor-tokens 36864 \
 #                 --log-prob-tokens 73728 --gpu-memory-utilization 0.7

@@ -83,13 +83,14 @@ def test_the_times_of_the_header_are_those_of_its_plans(root, toy, tmp_path, siz
     problems = round(sum(EVALUATION_PROBLEMS.values()), -1)
     training, validation = [], []
     for gpu_gb in HARDWARE:
-        step = plan_of_header(root, size, gpu_gb)["algorithms"]["asyppo"]["seconds_estimate"]
-        training.append(round(steps * sum(step.values()) / 3600))
+        plans = plan_of_header(root, size, gpu_gb)["algorithms"]
+        training.append([round(steps * sum(plans[a]["seconds_estimate"].values()) / 3600) for a in ("asyppo", "ppo")])
         options = ("--prompts", str(problems), "--responses", str(samples))
         every = plan_of_header(root, size, gpu_gb, *options)["algorithms"]["asyppo"]["seconds_estimate"]
         validation.append(round(times * every["generation"] / 3600))
     assert (
-        f"8 H100: {training[0]} h, 8 H200: {training[1]} h for {steps} steps, "
+        f"8 H100: {training[0][0]} h, 8 H200: {training[1][0]} h for {steps} steps "
+        f"(ALGO=ppo: {training[0][1]} h, {training[1][1]} h), "
         f"and about {validation[0]} h, {validation[1]} h for {times} validations, "
         f"each of {problems:,} problems with {samples} samples"
     ) in " ".join(header_of(root, size).replace("#", "").split())

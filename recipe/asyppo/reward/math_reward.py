@@ -23,7 +23,7 @@ from unicodedata import normalize
 
 if importlib.util.find_spec("math_verify") is None:
     # Raised in a call it would be one more response without a score: verl logs that, and trains on.
-    raise ImportError(f"{__name__} needs math-verify: on every node, pip install 'verl[vllm,fsdp,math]==0.9.1'")
+    raise ImportError(f"{__name__} needs math-verify: on every node, pip install 'verl[math]==0.9.1'")
 LONGEST_ANSWER = 1000  # Longer than any ground truth by far; a longer answer is wrong without being read.
 LIMITS = {"processes": 2, "seconds": 5.0, "megabytes": 1024}
 OPENING = r"\\(?:boxed|fbox|framebox)\s*\{"
