@@ -123,9 +123,9 @@ def test_mask_metrics_by_hand():
 @pytest.mark.parametrize("chunk", [1, 2, 1 << 18])
 def test_ties_by_hand(chunk, monkeypatch):
     monkeypatch.setattr(order_statistics, "CHUNK", chunk)
-    sigma, is_response = torch.tensor([0.1, 0.2, 0.2, 0.3, 0.2]), everything(5)
+    sigma, is_response = torch.tensor([0.1, 0.2, 0.2, 0.3, 0.2, 0.2]), everything(6)
     is_response[4] = False
-    for masked, expected in [([0], 0), ([0, 1], 1 / 2), ([0, 1, 2], 0), ([], 0), ([1], 1)]:
-        keep = everything(5)
+    for masked, expected in [([0], 0), ([0, 1], 1 / 2), ([0, 1, 2], 2 / 3), ([0, 1, 2, 5], 0), ([], 0), ([1], 1)]:
+        keep = everything(6)
         keep[masked] = False
         assert tied_share(sigma, keep, is_response) == expected
