@@ -20,7 +20,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from asyppo_verl import batch_checks, batch_io, mini_batches
 from asyppo_verl.config import AsyPPOConfig
 from asyppo_verl.critic_settings import critic_nodes
-from asyppo_verl.critic_worker import CRITIC_ID, MESH, RESPONSES, share_groups, value_field
+from asyppo_verl.critic_worker import CRITIC_ID, MESH, RESPONSES, value_field, worker_subgroups
 
 LOGGED_PER_CRITIC = ("vf_loss", "vf_clipfrac", "grad_norm", "lr")
 
@@ -32,7 +32,7 @@ class CriticClient:
         self._config, self._asyppo, self._eos_token_id = config, asyppo, eos_token_id
         self._all = group
         is_split = asyppo.placement == "split" and asyppo.num_critics > 1
-        self._groups = share_groups(group, asyppo.num_critics) if is_split else [group] * asyppo.num_critics
+        self._groups = worker_subgroups(group, asyppo.num_critics) if is_split else [group] * asyppo.num_critics
         self._ranks = self._groups[0].world_size // config.critic.fsdp.ulysses_sequence_parallel_size
         """Data-parallel ranks of one critic."""
         for one in {self._all, *self._groups}:

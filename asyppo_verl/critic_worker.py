@@ -112,13 +112,13 @@ def ensemble_worker_class(
         split: the ranks are dealt to the critics in equal runs, instead of every critic spanning all of them.
         compiles: the critics' layers are compiled.
     """
-    own = {"specs": tuple(specs), "shares": len(specs) if split else 1, "compiles": compiles}
+    own = {"specs": tuple(specs), "subgroups": len(specs) if split else 1, "compiles": compiles}
     return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), own)
 
 
-def share_groups(group: RayWorkerGroup, shares: int) -> list[RayWorkerGroup]:
+def worker_subgroups(group: RayWorkerGroup, subgroups: int) -> list[RayWorkerGroup]:
     """The runs of ranks that :func:`ensemble_worker_class` deals to the critics, each as a worker group of its own."""
-    role, size = str(Role.Critic), group.world_size // shares
+    role, size = str(Role.Critic), group.world_size // subgroups
     return [
         group.from_detached(
             worker_names=group.worker_names[start : start + size],
@@ -206,12 +206,12 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
     """One rank of all mini-critics.
 
     It has the methods that verl's trainer calls on its critic. Each mini-critic has its own FSDP engine, optimizer,
-    scheduler and checkpoint folder, and spans all ranks of the role's pool, or its share of them; with
+    scheduler and checkpoint folder, and spans all ranks of the role's pool, or its subgroup of them; with
     ``critic.fsdp.param_offload`` only the one at work is on the accelerator.
     """
 
     specs: tuple[MiniCriticSpec, ...] = ()
-    shares: int = 1
+    subgroups: int = 1
     """Into how many equal runs the ranks are dealt: 1, or one per critic."""
     compiles: bool = False
     """Whether the critics' layers are compiled."""
@@ -219,8 +219,8 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
     def __init__(self, config: Any = None) -> None:
         Worker.__init__(self)
         value_model.install(verl.utils.model)
-        is_split = self.shares > 1
-        held = [_join_share(self.rank, self.world_size, self.shares)] if is_split else range(len(self.specs))
+        is_split = self.subgroups > 1
+        held = [_join_subgroup(self.rank, self.world_size, self.subgroups)] if is_split else range(len(self.specs))
         # One critic is verl's, to the last bit.
         critic = MiniCritic if len(self.specs) > 1 else TrainingWorker
         self.critics = {index: critic(self.specs[index].worker) for index in held}
@@ -304,25 +304,25 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         ]
 
 
-def _join_share(rank: int, world_size: int, shares: int) -> int:
-    """Make the process group of this rank's share torch's default, so that FSDP never looks beyond it.
+def _join_subgroup(rank: int, world_size: int, subgroups: int) -> int:
+    """Make the process group of this rank's subgroup torch's default, so that FSDP never looks beyond it.
 
-    The shares meet at the address that verl gives the worker group.
+    The subgroups meet at the address that verl gives the worker group.
 
     Returns:
-        The index of the share.
+        The index of the subgroup.
     """
-    size = world_size // shares
-    share, rank_in_share = divmod(rank, size)
+    size = world_size // subgroups
+    subgroup, rank_in_subgroup = divmod(rank, size)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = torch.distributed.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False)
     torch.distributed.init_process_group(
         backend=f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}",
-        store=torch.distributed.PrefixStore(f"share_{share}", store),
-        rank=rank_in_share,
+        store=torch.distributed.PrefixStore(f"subgroup_{subgroup}", store),
+        rank=rank_in_subgroup,
         world_size=size,
     )
-    return share
+    return subgroup
 
 
 def _name_architecture(module: Any) -> None:

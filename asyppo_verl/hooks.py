@@ -72,14 +72,13 @@ def _need_critic(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> bool:
 
 def _validate_config(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
     from asyppo_verl.config import is_asyppo
-    from asyppo_verl.preflight import prepare
-    from asyppo_verl.preflight.support import check_estimator
+    from asyppo_verl.preflight import look_at_another, prepare
 
     config = args[0] if args else kwargs["config"]
     if is_asyppo(config):
         prepare(config)
     else:
-        check_estimator(config)
+        look_at_another(config)
     return wrapped(*args, **kwargs)
 
 

@@ -16,10 +16,11 @@ from recipe.asyppo.run_folder import read_metrics
 
 
 def test_output_goes_to_the_log_and_a_failure_is_shown(tmp_path, capfd):
-    code = "import sys; print('Training Progress: 50%'); print('noise'); sys.exit('it broke')"
+    notice = "[2026-11-28 03:17:37,172][asyppo_verl.preflight][WARNING] - look here"
+    code = f"import sys; print('Training Progress: 50%'); print('noise\\n{notice}'); sys.exit('it broke')"
     assert run(tmp_path, [sys.executable, "-c", code], verbose=False) == 1
     shown = capfd.readouterr()
-    assert "Training Progress: 50%" in shown.out and "noise" not in shown.out
+    assert "Training Progress: 50%" in shown.out and "noise" not in shown.out and "\nnote: look here\n" in shown.out
     assert "it broke" in shown.err and str(tmp_path / "log") in shown.err
     assert "noise" in (tmp_path / "log").read_text()
 

@@ -33,9 +33,9 @@ from asyppo_verl.critic_worker import (
     RESPONSES,
     MiniCriticEnsembleWorker,
     critic_specs,
-    share_groups,
     value_field,
     worker_config,
+    worker_subgroups,
 )
 from asyppo_verl.mini_batches import cut, rank_major
 
@@ -98,13 +98,13 @@ def cluster():
         ray.shutdown()
 
 
-def start(compose, ranks: int, *overrides: str, shares: int = 1, worker: type = ProbedWorker) -> RayWorkerGroup:
+def start(compose, ranks: int, *overrides: str, subgroups: int = 1, worker: type = ProbedWorker) -> RayWorkerGroup:
     # Adam with a small eps turns the rounding of a gradient near 0 into whole steps of the learning rate.
     optimizer = ("critic.optim.lr=1e-2", "critic.optim.override_optimizer_config={eps: 1e-3}")
     config = compose(f"trainer.n_gpus_per_node={ranks}", *optimizer, *overrides)
     asyppo = read_config(config)
     specs = critic_specs(critic_nodes(config, asyppo), asyppo.head_seed)
-    cls = type("ProbedEnsemble", (worker,), {"specs": tuple(specs), "shares": shares})
+    cls = type("ProbedEnsemble", (worker,), {"specs": tuple(specs), "subgroups": subgroups})
     group = RayWorkerGroup(
         resource_pool=RayResourcePool([ranks], use_gpu=True, max_colocate_count=3),
         ray_cls_with_init=create_colocated_worker_cls({"critic": RayClassWithInitArgs(cls=ray.remote(cls))}),
@@ -205,7 +205,7 @@ def first_generation(cluster, toy):
 @pytest.fixture(scope="module")
 def dealt(cluster, toy):
     """Four ranks, of which each of two critics has two."""
-    yield from _started(toy, 4, shares=2)
+    yield from _started(toy, 4, subgroups=2)
 
 
 @pytest.fixture(scope="module", params=["fsdp2", "fsdp"])
@@ -215,10 +215,10 @@ def half_precision(cluster, toy, request):
     yield from _started(toy, 1, *bf16, f"critic.strategy={request.param}")
 
 
-def _started(toy: Path, ranks: int, *overrides: str, shares: int = 1):
+def _started(toy: Path, ranks: int, *overrides: str, subgroups: int = 1):
     from conftest import composing, overrides_for
 
-    group = start(composing(overrides_for(toy)), ranks, *overrides, shares=shares)
+    group = start(composing(overrides_for(toy)), ranks, *overrides, subgroups=subgroups)
     yield group
     for worker in group.workers:
         ray.kill(worker)
@@ -456,7 +456,7 @@ def test_the_saved_configuration_names_the_class_that_was_saved(pair, tmp_path):
 def test_ranks_are_dealt_to_critics_in_runs_as_the_driver_groups_them(dealt):
     """Else a critic's calls would reach ranks of another one, and wait for ever."""
     assert dealt.held() == [[0], [0], [1], [1]]
-    assert [share.held() for share in share_groups(dealt, 2)] == [[[0], [0]], [[1], [1]]]
+    assert [group.held() for group in worker_subgroups(dealt, 2)] == [[[0], [0]], [[1], [1]]]
 
 
 def test_a_critic_on_its_own_share_is_the_critic_that_spans_as_many_ranks(pair, dealt):
@@ -467,11 +467,11 @@ def test_a_critic_on_its_own_share_is_the_critic_that_spans_as_many_ranks(pair, 
     data = batch(20)
     expected = pair.infer_batch(data.copy()).get()
     answers = [answer for answer in ray.get(dealt.infer_batch(data.copy()).futures) if answer is not None]
-    for index, share in enumerate(share_groups(dealt, 2)):
-        assert share.world_size == 2
+    for index, subgroup in enumerate(worker_subgroups(dealt, 2)):
+        assert subgroup.world_size == 2
         parts = [answer[value_field(index)].values() for answer in answers if value_field(index) in answer]
         assert torch.equal(torch.cat(parts), expected[value_field(index)].values())
-        metrics = [train(group, index, data) for group in (pair, share)]
+        metrics = [train(group, index, data) for group in (pair, subgroup)]
         for key in ("critic/vf_loss", "grad_norm", "lr"):
             assert metrics[0][key] == metrics[1][key], key
     trained, of_rank = pair.weights()[0], [of_rank for (of_rank,) in dealt.weights()]
@@ -484,7 +484,7 @@ def test_checkpoints_move_between_placements_with_as_many_ranks(pair, dealt, tmp
         group.reset()
         group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=128)
     data = batch(20)
-    shares = share_groups(dealt, 2)
+    groups = worker_subgroups(dealt, 2)
     for index in range(2):
         train(pair, index, data)
     pair.save_checkpoint(str(tmp_path / "pair"), None, 1, None)
@@ -494,8 +494,8 @@ def test_checkpoints_move_between_placements_with_as_many_ranks(pair, dealt, tmp
     # The same step afterwards gives the same weights only if Adam's moments came along.
     for index in range(2):
         train(pair, index, data)
-        train(shares[index], index, data)
-        assert same(pair.weights()[0][index], shares[index].weights()[0][0])
+        train(groups[index], index, data)
+        assert same(pair.weights()[0][index], groups[index].weights()[0][0])
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused_by_name(pair, single, tmp_path):

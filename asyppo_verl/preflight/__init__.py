@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from asyppo_verl.config import PLUGIN_MODULE, TRAINER_PREFIX, AsyPPOConfig, trainer_mode
+from asyppo_verl.config import PLUGIN_MODULE, TRAINER_PREFIX, AsyPPOConfig, is_supported_verl, trainer_mode
 from asyppo_verl.critic_settings import Run, read_config, runs, settle
 from asyppo_verl.preflight import files, gpus, models, saving, support, values
 
@@ -78,6 +78,20 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
             config.trainer.resume_from_path = os.path.abspath(str(resumed))
     _load_plugin_in_workers(config)
     return asyppo
+
+
+def look_at_another(config: DictConfig) -> None:
+    """Say it where a run of another estimator would wait for ever; refuse a name that is meant to be ours.
+
+    Raises:
+        ValueError: naming key, value and fix.
+    """
+    support.check_estimator(config)
+    if is_supported_verl() and OmegaConf.select(config, "trainer.use_v1"):
+        try:
+            gpus.check_cpus(Run(config, AsyPPOConfig(), (), {}))
+        except ValueError as error:
+            logger.warning(error)
 
 
 def _load_plugin_in_workers(config: DictConfig) -> None:

@@ -24,6 +24,8 @@ from recipe.asyppo import fork_server
 from recipe.asyppo.run_folder import alone, last_step, merge_history, prepare, summary
 
 PROGRESS = re.compile(r"Training Progress:.*")
+NOTICE = re.compile(r"\[asyppo_verl\.[\w.]+\]\[WARNING\] - (.*)")
+"""What the checks before a run have to say of it."""
 QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}
 """hydra's flags that print something instead of running."""
 
@@ -126,9 +128,11 @@ def run(run_dir: Path, command: Sequence[str], *, verbose: bool, held: Sequence[
             log.write(line)
             log.flush()
             tail.append(line)
-            progress = PROGRESS.search(line)
+            progress, notice = PROGRESS.search(line), NOTICE.search(line)
             if verbose:
                 print(line, end="", flush=True)
+            elif notice:
+                print(f"note: {notice[1]}", flush=True)
             elif progress:
                 print(progress.group().rstrip(), end="\r" if is_terminal else "\n", flush=True)
         code = process.wait()

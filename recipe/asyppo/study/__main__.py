@@ -93,6 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.list:
         print("\n".join(report.progress(store, seeds)))
     elif options.rows == ["report"]:
+        if options.seeds < 2 or not store.done:
+            parser.error(
+                f"a report needs --seeds of 2 or more, for its intervals, and runs in --folder {options.folder}"
+            )
         report.write(store, seeds, options.document)
     for row in options.rows if options.rows != ["report"] else []:
         try:
