@@ -24,8 +24,8 @@ def test_ranks_of_a_critic(compose):
 
 
 @pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
-@pytest.mark.parametrize(("placement", "shares"), [("colocated", 1), ("pool", 1), ("split", 2)])
-def test_the_critics_get_their_gpus_in_every_mode(compose, mode, placement, shares):
+@pytest.mark.parametrize(("placement", "subgroups"), [("colocated", 1), ("pool", 1), ("split", 2)])
+def test_the_critics_get_their_gpus_in_every_mode(compose, mode, placement, subgroups):
     """Through the trainers' own method: the actor's pool stays what it was, and its worker what the mode makes it."""
     from verl.trainer.ppo.utils import Role
     from verl.trainer.ppo.v1 import get_trainer_cls
@@ -42,7 +42,7 @@ def test_the_critics_get_their_gpus_in_every_mode(compose, mode, placement, shar
     assert manager.resource_pool_spec == expected
     assert manager.mapping[Role.Critic] == list(expected)[-1] and manager.mapping[Role.ActorRollout] == "global_pool"
     critics = workers[Role.Critic].__ray_actor_class__
-    assert critics.shares == shares and len(critics.specs) == 2 and not critics.compiles
+    assert critics.subgroups == subgroups and len(critics.specs) == 2 and not critics.compiles
     actor = workers[Role.ActorRollout].__ray_actor_class__.__name__
     assert actor == ("DetachActorWorker" if mode == "separate_async" else "ActorRolloutRefWorker")
 
