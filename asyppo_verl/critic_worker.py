@@ -176,7 +176,7 @@ class TokenMeans:
     def __call__(self, model_output: dict, data: TensorDict, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
         loss, metrics = self.loss_fn(model_output=model_output, data=data, dp_group=dp_group)
         # A SUM is one over micro-batches of the mean over ranks.
-        share = data["response_mask"].values().sum().item() * data["dp_size"] / data["batch_num_tokens"]
+        share = data["response_mask"].values().sum().item() * data["dp_size"] / max(1, data["batch_num_tokens"])
         for name in ("critic/vf_clipfrac", "critic/vpred_mean"):
             metrics[name] = Metric(AggregationType.SUM, metrics[name] * share)
         return loss, metrics

@@ -50,7 +50,7 @@ def kth_lowest(score_N: Tensor, is_candidate_N: Tensor, ks: Sequence[int]) -> Te
 
     By numpy: ``torch.kthvalue`` takes several times as long, and ``torch.quantile`` refuses more than 2^24 elements.
     """
-    candidates = score_N[is_candidate_N].to(torch.promote_types(score_N.dtype, torch.float32)).cpu().numpy()
+    candidates = score_N.detach()[is_candidate_N].to(torch.promote_types(score_N.dtype, torch.float32)).cpu().numpy()
     ranks = [k - 1 for k in ks]
     candidates.partition(ranks)
     return torch.from_numpy(candidates[ranks]).to(score_N.device)

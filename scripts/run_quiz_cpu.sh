@@ -26,9 +26,9 @@ case $ALGO in
     asyppo)
         ALGORITHM=(
             algorithm.lam=0
-            +asyppo.update_critics_first=True
-            +asyppo.adv_mask_fraction=0
-            +asyppo.entropy_filter_fraction=0
+            ++asyppo.update_critics_first=True
+            ++asyppo.adv_mask_fraction=0
+            ++asyppo.entropy_filter_fraction=0
         )
         ;;
     paper) ALGORITHM=(algorithm.lam=0.95) ;;

@@ -565,5 +565,6 @@ def test_critics_with_the_same_settings_share_one_configuration(compose):
     asyppo = read_config(config)
     specs = critic_specs(critic_nodes(config, asyppo), head_seed=10)
     assert specs[0].worker is specs[2].worker and specs[0].worker is not specs[1].worker
+    assert specs[0].worker.model_config.tokenizer is specs[1].worker.model_config.tokenizer
     assert [spec.worker.optimizer_config.lr for spec in specs] == [1e-5, 0.5, 1e-5]
     assert [spec.head_seed for spec in specs] == [10, 11, 12]

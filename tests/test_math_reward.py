@@ -64,7 +64,9 @@ No solution     | \text{no solution}
 45\text{ min}   | 45 \text{ minutes}
 27              | \textbf{(B)}\ 27 | 27 | \text{Area} = 27 \text{ cm}^2
 B               | \textbf{(B)}\ 12\pi | (B) \frac{1}{2} | B. 12
-0,\pm1          | 1, 0, -1 | \pm 1, 0
+(A) 27          | A | 27 | \textbf{(A)}\ 27
+\frac{1}{2}\text{ min} | \frac12\text{ min} | \frac12 \text{ minute}
+0,\pm1          | 1, 0, -1 | \pm 1, 0 | \{0,\pm 1\} | \{0,1,-1\}
 \begin{pmatrix}1\\-2\end{pmatrix} | \left(\begin{array}{c}1\\-2\end{array}\right) | \begin{bmatrix}1 \\[4pt] -2\end{bmatrix}
 \langle1,2,3\rangle | (1,2,3)
 2 < x < 3       | x \in (2,3) | (2,3)
@@ -134,7 +136,7 @@ x > 0           | x \ge 0 | y > 0 | 0
 S_3             | S | S_4
 n \equiv 1 \pmod 4 | n \equiv 3 \pmod 4
 Yes             | No
-C               | D | c | (C) + 1 | \text{(D) } 12
+C               | D | c | (C) + 1 | \text{(D) } 12 | (C) 5, (B) 6 | C. 5 \text{ or } D. 6
 27              | \textbf{(B)}\ 28
 -1,1            | -1 < x < 1 | x \in (-1,1)
 -1 < x < 1      | -1,1 | x = -1 \text{ or } x = 1 | \{-1,1\}

@@ -9,6 +9,7 @@ hydra or vLLM refuse at start is left to them.
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -20,6 +21,9 @@ from asyppo_verl.critic_settings import Run, read_config, runs, settle
 from asyppo_verl.preflight import files, gpus, models, saving, support, values
 
 logger = logging.getLogger(__name__)
+
+VERLS_MAIN = "verl.trainer.main_ppo"
+"""The program whose actors are counted; others start other ones."""
 
 CHECKS: tuple[Callable[[Run], Iterator[str] | None], ...] = (
     support.check_version,
@@ -69,8 +73,9 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
     with open_dict(config):
         settle(views)
         config.critic.enable = True
-        if config.actor_rollout_ref.actor.strategy != "megatron":
-            config.actor_rollout_ref.actor.checkpoint.async_save = False
+        actor = config.actor_rollout_ref.actor
+        if actor.strategy != "megatron" and actor.checkpoint:
+            actor.checkpoint.async_save = False
         # A process without the plugin does not know this name, so it stops instead of training something else.
         config.trainer.v1.trainer_mode = TRAINER_PREFIX + trainer_mode(config)
         if config.trainer.resume_mode == "resume_path":
@@ -87,7 +92,8 @@ def look_at_another(config: DictConfig) -> None:
         ValueError: naming key, value and fix.
     """
     support.check_estimator(config)
-    if is_supported_verl() and OmegaConf.select(config, "trainer.use_v1"):
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    if program and program.name == VERLS_MAIN and is_supported_verl() and config.trainer.use_v1:
         try:
             gpus.check_cpus(Run(config, AsyPPOConfig(), (), {}))
         except ValueError as error:

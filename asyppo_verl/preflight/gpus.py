@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from ray._private.utils import get_num_cpus
 
-from asyppo_verl.config import AsyPPOConfig, trainer_mode
+from asyppo_verl.config import AsyPPOConfig, is_asyppo, trainer_mode
 from asyppo_verl.critic_settings import Run
 
 
@@ -106,7 +106,9 @@ def needed_cpus(config: DictConfig) -> dict[str, int]:
     TransferQueue's actors and verl's remote reward workers one each. Other actors keep none.
     """
     rollout, reward, queue = config.actor_rollout_ref.rollout, config.reward, config.transfer_queue.backend
-    pools = {"trainer": config.trainer, "asyppo.pool": (config.get("asyppo") or {}).get("pool") or {}}
+    pools = {"trainer": config.trainer}
+    if is_asyppo(config):
+        pools["asyppo.pool"] = (config.get("asyppo") or {}).get("pool") or {}
     if reward.reward_model.enable_resource_pool:
         pools["reward.reward_model"] = reward.reward_model
     needed = {

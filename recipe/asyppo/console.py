@@ -49,8 +49,12 @@ def ask(command: Sequence[str]) -> NoReturn:
 
 
 def again_allowed(command: Sequence[str]) -> list[str]:
-    """The command with ``++key`` for ``+key``: hydra refuses to add what the overrides before have added."""
-    return [re.sub(r"^\+(?=\w)", "++", part) for part in command]
+    """The command with ``++key`` for ``+key`` where it has the key twice: hydra refuses to add what has been added."""
+    keys = [part.lstrip("+").partition("=")[0] for part in command]
+    return [
+        f"++{part.lstrip('+')}" if part.startswith("+") and key in keys[:index] else part
+        for index, (part, key) in enumerate(zip(command, keys, strict=True))
+    ]
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def obstacles(run: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> 
     """The reasons why two evaluations cannot be compared, by benchmark; under "" what concerns all of them."""
     if run is None or base is None:
         return {"": "one of them has no evaluation"}
-    mine, others = ({key: _value(each["settings"].get(key)) for key in SAMPLING} for each in (run, base))
+    mine, others = ({key: _value(key, each["settings"].get(key)) for key in SAMPLING} for each in (run, base))
     if differing := [f"{key} is {mine[key]}, not {others[key]}" for key in SAMPLING if mine[key] != others[key]]:
         return {"": ", ".join(differing)}
     found = {}
@@ -115,9 +115,11 @@ def obstacles(run: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> 
     return found
 
 
-def _value(written: str | None) -> Any:
-    """An override as hydra reads it, so that 1 and 1.0 are the same temperature; of a file its name."""
-    return None if written is None else yaml.safe_load(written.rpartition("/")[2])
+def _value(key: str, written: str | None) -> Any:
+    """An override as hydra reads it, so that 1 and 1.0 are the same temperature; of the reward's file the name."""
+    if written is None or key == "reward":
+        return written and Path(written).name
+    return yaml.safe_load(written)
 
 
 def difference(run: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> dict[str, Any]:

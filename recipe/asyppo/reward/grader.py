@@ -30,7 +30,9 @@ UNREADABLE = re.compile(
     r"|[A-Za-z]\^\{\(\w+\)\}|(?<![\\A-Za-z])[f-h]\^\{-1\}\(|\d,\d{3}|\d\\frac\{\d+\}\{\d+\}.|\d[eE][+-]?\d|\\(?:overline|dot)\{\d"
 )
 # "x = ...", "f(x) = ...", "P(X > 1) = ...", "a + b = ...", but not "2x = ..." or "x^2 = ..."
-NAME = re.compile(r"(?!\\pi$)(?=.*[A-Za-z])(?:[^]\d^()[{}-]|(?:_|\\text|\\overline)\{[^{}]*\}|\([^()]*\)|\[[^][]*\])+")
+NAME = re.compile(
+    r"(?!\\pi$)(?=.*[A-Za-z])(?:[^]\d^()[{}-]|(?:_|\\text)\{[^{}]*\}|\\overline\{[A-Z]{2}\}|\([^()]*\)|\[[^][]*\])+"
+)
 EQUALS = re.compile(r"(?:=|\\in(?![a-z])|\\approx)(?![^{]*\})")
 # More than single values: -1 < x < 1, and x \in (-1, 1)
 REGION = re.compile(r"[<>]|\\(?:[lg]eq?(?:slant)?|[lg]t)(?![a-z])|\\in(?![a-z]) ?[\[(]")

@@ -40,7 +40,7 @@ SAME = dict(pair.split(":") for pair in SAME_AS.split())
 FUNCTION = r"(?:arc|ar|a)?(?:sin|cos|tan|cot|sec|csc)h?|exp|ln|log|gcd|max|min|det|dim|Re|Im|mod|sqrt|pi"
 PART = r"(?:(?!\\pm|\\[{}])[^,()\[\]]|\((?:[^,()]|\([^,()]*\))*+\))*+"  # of a list
 # A letter of a multiple-choice question and its value.
-CHOICE = re.compile(r"(?:\\text\{)?\(?([A-Z])[).:]\}?((?:\.?\d|\\frac|\\sqrt).*)")
+CHOICE = re.compile(r"(?:\\text\{)?\(?([A-Z])[).:]\}?((?:\.?\d|\\frac|\\sqrt)(?:(?![A-Z][).:]).)*)")
 REWRITES: dict[str, Any] = {
     # Signs and names that print the same.
     r"\\[A-Za-z]+|\.\.\.|[^\x00-\x7f]": lambda m: f"{SAME[m[0]]} " if m[0] in SAME else normalize("NFKC", m[0]),  # 13
@@ -56,7 +56,7 @@ REWRITES: dict[str, Any] = {
     r"\\mathbb *\{?Z\}? */ *\{?(\w+)\}? *\\mathbb *\{?Z\}?": r"\\mathbb{Z}_{\1}",  # 3
     r"\\%|\\text *\{ *(?:\\?%|percent) *\}|(?<=\d) *percent\b": "%",  # 4
     r"\\text *\{ *degrees? *\}|\^ *\\circ(?= *[CFK]\b)": r"^{\\circ}",  # 2
-    r"(?<=\d) *(?:\\text *\{ *)?(?:(min)|sec)s?\.? *\}?$": lambda m: (
+    r"(?<=[\d}]) *(?:\\text *\{ *|\\)?(?:(min)(?:ute)?|sec(?:ond)?)s?\.? *\}?$": lambda m: (
         r"\text{minutes}" if m[1] else r"\text{seconds}"
     ),  # 0
     # Roman letters are a word or a unit, but not a function, a constant, or what is applied like a function.
@@ -73,7 +73,7 @@ REWRITES: dict[str, Any] = {
     r"((?<=\d) (?=\d)|(?<=[A-Za-z]) (?=[A-Za-z]))| +": r"\1",  # 16
     r"^(?:[ ,]|\.(?!\d)|\\approx|\\text\{(?:[Tt]he )?(?:answer is|converges to|approximately|about)\})+|[ .,\\]+$": "",  # 6
     r"^(?:\\text\{)?\(?([A-Z])[).:]\}?$": r"\1",  # 2
-    rf"(?<![^,])({PART})\\pm({PART})(?![^,])": r"\1+\2,\1-\2",  # 3
+    rf"(?:(?<![^,])|(?<=\\\{{))({PART})\\pm({PART})(?=,|$|\\\}})": r"\1+\2,\1-\2",  # 3
     # As the parser reads it: f' as a name of its own, sines of degrees, log as the natural one.
     r"\^\{('+)\}|('+)": lambda m: f"_{{{'p' * len(m[1] or m[2])}}}",  # 1, and 4 wrong
     r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{\d\})?\(?)(\d+)\^\{\\circ\}": r"\1\\frac{\2\\pi}{180}",  # 4
@@ -107,6 +107,13 @@ def number(answer: str) -> Fraction | None:
         return None
     value = sum(map(Fraction, text.lstrip("+- ").split()), Fraction(0))
     return value / (-1 if text[0] == "-" else 1) / (100 if answer.endswith("%") else 1)
+
+
+def _alike(answer: str, other: str) -> str:
+    """Of a choice with its value, (B) 27, what the other answer is: the letter or the value; any other answer as it is."""
+    if choice := CHOICE.fullmatch(answer):
+        return choice[1] if re.fullmatch("[A-Z]", other) or CHOICE.fullmatch(other) else choice[2]
+    return answer
 
 
 class Graders:
@@ -172,8 +179,7 @@ def compute_score(
     boxed, pred = last_boxed(solution_str), ""
     if boxed is not None and len(boxed) <= LONGEST_ANSWER:
         truth, answer = plain(str(ground_truth)), plain(boxed)
-        if choice := CHOICE.fullmatch(answer):
-            answer = choice[1] if re.fullmatch("[A-Z]", truth) else choice[2]
+        truth, answer = _alike(truth, answer), _alike(answer, truth)
         exact, value = number(truth), number(answer)
         pred = answer if value is None else str(value)
         verdict = truth == answer or (exact is not None and exact == value) or graders.equal(truth, answer)
