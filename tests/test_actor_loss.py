@@ -48,8 +48,8 @@ class Case:
             [s + p - 1 + torch.arange(r) for s, p, r in zip(starts, PROMPTS, RESPONSES, strict=True)]
         )
 
-    def gradients(self, loss_fn, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the loss with respect to log-probability and entropy of every response token."""
+    def gradients(self, loss_fn, advantages: torch.Tensor, has_entropy: bool = True) -> list[torch.Tensor]:
+        """Gradients of the loss with respect to log-probability and entropy, if it is there, of every response token."""
         log_probs, entropy = self.log_probs.clone().requires_grad_(), self.entropy.clone().requires_grad_()
         offsets = torch.tensor([0, *[p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]]).cumsum(0)
         data = TensorDict(
@@ -65,13 +65,12 @@ class Case:
             batch_size=3,
         )
         tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=int(self.is_response.sum()), global_batch_size=3)
-        output = {
-            "log_probs": torch.nested.nested_tensor_from_jagged(log_probs, offsets),
-            "entropy": torch.nested.nested_tensor_from_jagged(entropy, offsets),
-        }
+        output = {"log_probs": torch.nested.nested_tensor_from_jagged(log_probs, offsets)}
+        if has_entropy:
+            output["entropy"] = torch.nested.nested_tensor_from_jagged(entropy, offsets)
         loss, _ = loss_fn(copy.deepcopy(self.config), output, data)
         loss.backward()
-        return log_probs.grad[self.position], entropy.grad[self.position]
+        return [x.grad[self.position] for x in (log_probs, entropy) if x.grad is not None]
 
 
 @pytest.fixture
@@ -109,11 +108,22 @@ def test_every_policy_loss_of_verl_is_classified():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("loss_mode", [*SEPARATE, *COUPLED])
 def test_law_5_policy(actor_config, loss_mode, seed):
-    case = Case(actor_config(f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode}"), seed)
-    plain, _ = case.gradients(asyppo_actor_loss, case.advantages)
-    masked, _ = case.gradients(asyppo_actor_loss, mask_advantage(case.advantages, case.keep_adv))
+    policy_loss = "actor_rollout_ref.actor.policy_loss"
+    own = [f"{policy_loss}.clip_cov_lb=-10", f"{policy_loss}.clip_cov_ratio=0.3"] if loss_mode == "clip_cov" else []
+    case = Case(actor_config(f"{policy_loss}.loss_mode={loss_mode}", *own), seed)
+
+    def gradients(case: Case, advantages: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)  # clip_cov draws tokens
+        return case.gradients(asyppo_actor_loss, advantages)[0]
+
+    plain = gradients(case, case.advantages)
+    masked = gradients(case, mask_advantage(case.advantages, case.keep_adv))
     assert not masked[~(case.keep_adv & case.is_response)].any(), "a masked token got a policy gradient"
-    if loss_mode in SEPARATE:
+    if loss_mode in COUPLED:
+        assert not torch.equal(plain, gradients(Case(actor_config(), seed), case.advantages)), (
+            "no other mode than vanilla"
+        )
+    else:
         assert torch.equal(masked[case.keep_adv], plain[case.keep_adv]), "masking changed another token's gradient"
     assert plain[case.is_response].any()
 
@@ -157,12 +167,9 @@ def test_dro_would_move_masked_tokens(actor_config):
     assert masked[~case.keep_adv & case.is_response].any(), "dro is harmless now; stop refusing it"
 
 
-def test_without_entropy_the_loss_is_verls(actor_config):
+@pytest.mark.parametrize("has_entropy", [True, False])
+def test_where_no_token_is_filtered_the_loss_is_verls(actor_config, has_entropy):
     case = Case(actor_config())
     case.keep_ent[:] = True
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            case.gradients(asyppo_actor_loss, case.advantages), case.gradients(ppo_loss, case.advantages), strict=True
-        )
-    )
+    ours, verls = (case.gradients(loss, case.advantages, has_entropy) for loss in (asyppo_actor_loss, ppo_loss))
+    assert len(ours) == 1 + has_entropy and all(map(torch.equal, ours, verls))

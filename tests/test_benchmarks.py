@@ -156,11 +156,15 @@ def test_options_change_what_a_critic_costs_and_not_what_it_is(critic_cost, caps
             critic_cost.measure(case_of(critic_cost, name, length=32, rows=4), "cpu", repeats=1)
             for line in map(json.loads, capsys.readouterr().out.splitlines()):
                 checks[name, line["phase"]] = line["check"]
+        plain, bare, head, stacked, each = (critic_cost.build(case_of(critic_cost, name), "cpu") for name in names)
     finally:
         dist.destroy_process_group()
     assert len(checks) == 2 * len(names) and all(check > 0 for check in checks.values())
     for (name, phase), check in checks.items():
         assert check == pytest.approx(checks["2xtiny", phase], rel=0.01), name
+    assert plain[0].is_gradient_checkpointing and not bare[0].is_gradient_checkpointing
+    assert len(plain) == 2 and len(stacked) == 1 and each[0].config._attn_implementation == "each"
+    assert head[0].score._forward_pre_hooks and not plain[0].score._forward_pre_hooks
 
 
 def test_a_case_that_takes_too_long_is_stopped(critic_cost, monkeypatch):

@@ -81,7 +81,7 @@ class AlikeWorker(ProbedWorker):
 
 @pytest.fixture(scope="module")
 def found(cluster, toy):  # noqa: F811
-    """Values, loss and gradient of a critic with each of the settings, and of one without (the first)."""
+    """Values before and after a step, loss and gradient of a critic with each of the settings, and of one without (the first)."""
     from conftest import composing, overrides_for
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -97,17 +97,19 @@ def found(cluster, toy):  # noqa: F811
     values = group.infer_batch(data.copy()).get()
     losses = [train(group, index, data)["critic/vf_loss"][0] for index in range(count)]
     (gradients,), (graphs,) = group.gradients(), group.graphs()
+    after = group.infer_batch(data.copy()).get()
     assert graphs == 2, (
         "for all layers and lengths one to train, also where a checkpoint is recomputed, and one to evaluate"
     )
     ray.kill(group.workers[0])
-    return [(values[value_field(index)].values(), losses[index], gradients[index]) for index in range(count)]
+    of_critics = ([found[value_field(index)].values() for index in range(count)] for found in (values, after))
+    return list(zip(*of_critics, losses, gradients, strict=True))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_faster_critic_is_the_same_critic(found, setting):
     expected, actual = found[0], found[1 + list(SETTINGS).index(setting)]
-    assert expected[2].abs().max() > 0
+    assert expected[3].abs().max() > 0 and not torch.equal(expected[0], expected[1])
     for without, with_it in zip(expected, actual, strict=True):
         without, with_it = torch.as_tensor(without), torch.as_tensor(with_it)
         error = (without - with_it).abs().max() / without.abs().max()

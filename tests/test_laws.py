@@ -107,7 +107,10 @@ def test_law_6_critic_gradients_are_those_of_the_loss_by_hand(cluster, toy, rank
     group = start(composing(overrides_for(toy)), ranks, packed, worker=WatchedCritics)
     group.keep_gradients()
     data, index = batch(20), 1
-    expected = by_hand(toy, group.weights()[0][index], data, index, clip=0.5)
+    data[value_field(index)] = data[value_field(index)] * 20  # old values of up to 2: clipping has work to do
+    weights = group.weights()[0][index]
+    expected, unclipped = (by_hand(toy, weights, data, index, clip) for clip in (0.5, 1e9))
+    assert not all(map(torch.equal, expected.values(), unclipped.values()))
     for remove_padding in (True, False):
         for name, engine in BATCHING.items():
             group.reset()

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -147,7 +148,7 @@ C               | D | c | (C) + 1 | \text{(D) } 12 | (C) 5, (B) 6 | C. 5 \text{ 
 \frac{1}{2}     | \frac{ | \frac{1}{ | \sqrt | ^ | _ | \left( | }{ | \\\\ | = | <> | + | % | , | 1/0 | \begin{pmatrix} 1 & 2 \\
 """
 RUN_AWAY = [
-    *(r"9^{9^{9^{9}}}", r"10^{10^{10}}", r"1000000000!", r"(x+1)^{100000}", r"\sum_{k=1}^{10000000} \frac{1}{k}"),
+    *(r"9^{9^{9^{9}}}", r"10^{10^{10}}", r"1000000000!", r"\sum_{k=1}^{10000000} \frac{1}{k}"),
     "(" * 300 + "x" + ")" * 300,
 ]
 
@@ -225,8 +226,11 @@ def test_numbers_are_read_exactly():
 
 @pytest.mark.parametrize("answer", RUN_AWAY)
 def test_run_away_expressions_are_given_up_in_time_and_the_next_answer_is_right(answer):
-    limits = {"processes": 1, "seconds": 1.0, "megabytes": 512}
+    limits = {"processes": 1, "seconds": 0.5, "megabytes": 512}
+    score(r"\sqrt{8}", r"\boxed{2\sqrt{2}}", **limits)  # its process is there
+    begun = time.monotonic()
     assert score(r"\sqrt{2}", f"\\boxed{{{answer}}}", **limits)["score"] == 0
+    assert time.monotonic() - begun < 3
     assert score(r"\sqrt{8}", r"\boxed{2\sqrt{2}}", **limits)["score"] == 1
 
 

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -211,6 +212,27 @@ def test_the_page_trains_all_three():
         assert [len(step) for step in history] == [2, 2]
         assert all(0 <= run["reward"] <= 1 for step in history for run in step)
         assert ("asyppo/critic_1/explained_var" in history[0][0]) == (name == "AsyPPO")
+
+
+def test_an_update_is_of_the_credit_that_was_given(monkeypatch):
+    """The actor gets the advantages, and a bonus for kept tokens' entropy; each response goes to one critic, and its returns."""
+    torch.manual_seed(0)
+    settings = replace(one_page.ALGORITHMS["AsyPPO"], prompts=2, critic_warmup=0, mini_batches=1, epochs=1)
+    seen: dict[str, list] = {"credit": [], "actor_loss": [], "critic_loss": []}
+
+    def noted(name, function, *values):
+        seen[name].append((values, function(*values)))
+        return seen[name][-1][1]
+
+    for name in seen:
+        monkeypatch.setattr(one_page, name, partial(noted, name, getattr(one_page, name)))
+    one_page.train([settings], one_page.starting_actor(steps=2), steps=1)
+    (((_, _, values, is_response), (advantages, returns, keep, _)),) = seen["credit"]
+    _, bonus, _, given, _ = seen["actor_loss"][0][0]
+    assert torch.equal(given[0], advantages) and (bonus >= 0).all() and not bonus[0][~keep].any()
+    _, old_values, targets, is_own = seen["critic_loss"][0][0]
+    assert torch.equal(old_values, values) and torch.equal(targets, returns.expand_as(targets))
+    assert torch.equal(is_own.sum(0), is_response.long())
 
 
 def test_the_page_is_one_page(root):

@@ -9,6 +9,8 @@ import torch
 from training import train
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
+from asyppo_verl.config import SUPPORTED_VERL, verl_version
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
@@ -50,8 +52,8 @@ def test_colocate_async_resumes_elsewhere_with_what_was_being_generated(root, to
     assert "after step 2" in shown and len(steps) == 3
     log = (run_dir / "log").read_text()
     assert "Loading TransferQueue state from" in log
-    # The older verl does not say how many.
-    assert set(re.findall(r"Restored (\d+) training prompt groups", log)) <= {"16"}
+    if verl_version() == SUPPORTED_VERL[-1]:  # the older one does not say how many
+        assert set(re.findall(r"Restored (\d+) training prompt groups", log)) == {"16"}
     check(steps, updates=1, ahead=True)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForTokenClassification, Qwen3Config, modeling_utils
 
 from asyppo_verl import packed_attention
@@ -58,15 +59,26 @@ def test_it_is_attention_inside_each_sequence(given):
         torch.testing.assert_close(gradient, right)
 
 
-def test_on_a_gpu_it_is_one_call_of_torchs_kernel(monkeypatch):
+def test_on_a_gpu_it_is_one_call_of_torchs_kernel():
     """Shapes and arguments, without a GPU."""
-    with FakeTensorMode():
+    calls = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if "flash" in str(op):
+                calls.append((args, kwargs))
+            return op(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Noted():
         query, key = (torch.empty(2, heads, 6, 128, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
         bounds = torch.empty(6, device="cuda", dtype=torch.int32)
         output, _ = packed_attention.packed_attention(
             None, query, key, key, None, scaling=0.1, position_ids=None, cu_seq_lens_q=bounds, max_length_q=4
         )
     assert output.shape == (2, 6, 4, 128) and output.dtype == torch.bfloat16
+    (((*_, q_bounds, k_bounds, longest_q, longest_k, dropout, is_causal, _), more),) = calls
+    assert q_bounds is bounds and k_bounds is bounds and (longest_q, longest_k) == (4, 4)
+    assert (dropout, is_causal) == (0.0, True) and more == {"scale": 0.1}
 
 
 @pytest.mark.parametrize(

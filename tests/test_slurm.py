@@ -15,7 +15,8 @@ STANDINS = {
     "hostname": 'case $1 in --ip-address) echo "$NAMES" ;; --all-ip-addresses) echo "$INTERFACES" ;; esac',
     # Python, which starts Ray's nodes, asks how they are and waits for them.
     "python": 'echo "$*" >> "$RECORD"\n'
-    'case $* in *AuthenticationError*) exit "${NO_TOKENS:-0}" ;; *block*) exec sleep 60 ;; esac',
+    'case $* in *AuthenticationError*) exit "${NO_TOKENS:-0}" ;;\n'
+    "*block*) trap 'kill $!; echo cluster >> \"$RECORD\"; exit' TERM; sleep 60 & wait ;; esac",
     # It waits until both nodes have been started.
     "script.sh": 'until [ "$(grep -c block "$RECORD")" = 2 ]; do sleep 0.01; done\n'
     'echo "$* with $RAY_ADDRESS $RAY_AUTH_MODE" >> "$RECORD"',
@@ -101,11 +102,11 @@ def test_the_user_may_choose_address_and_no_token(slurm, tmp_path):
 
 def test_a_signal_ends_the_training_before_the_cluster(slurm, tmp_path):
     script = tmp_path / "training.sh"
-    script.write_text('trap \'echo ended >> "$RECORD"; exit 7\' TERM; echo started >> "$RECORD"; sleep 60 & wait')
+    script.write_text('trap \'echo training >> "$RECORD"; exit 7\' TERM; echo started >> "$RECORD"; sleep 60 & wait')
     process, record = slurm(str(script))
     deadline = time.monotonic() + 30
-    while "started" not in record.read_text() and time.monotonic() < deadline:
+    while not ("started" in (seen := record.read_text()) and seen.count("block") == 2) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 7
-    assert "started\n" in record.read_text() and "ended\n" in record.read_text()
+    assert record.read_text().splitlines()[-3:] == ["training", "cluster", "cluster"]

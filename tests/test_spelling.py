@@ -1,5 +1,6 @@
 """The demo's task: what its actor reads, what its critics learn from, and that a run gets the critics as they were made."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,8 @@ from test_recipe import environment, recorded, validated
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from asyppo_verl.critic_settings import read_config
-from recipe.asyppo.toy.make_spelling import LONGEST, Settings, Spelling, main, make, sample
+from recipe.asyppo.toy import make_spelling
+from recipe.asyppo.toy.make_spelling import LONGEST, PROMPT, Settings, Spelling, main, make, sample
 from recipe.asyppo.toy.make_toy import all_or_nothing, build_tokenizer
 from recipe.asyppo.toy.toy_reward import compute_score
 
@@ -69,6 +71,27 @@ def test_each_critic_is_a_value_model_with_a_head_of_its_own(spelling):
         assert not found["missing_keys"] and not found["unexpected_keys"] and critic.score.out_features == 1
         heads.append(critic.score.weight)
     assert not torch.equal(*heads)
+
+
+def test_critics_learn_what_answers_are_worth(task, spelling, tmp_path, monkeypatch):
+    """Of answers right and wrong in turns; the value of the last token, which has all before it in view."""
+    shutil.copytree(spelling / "actor", tmp_path / "actor")
+
+    def in_turns(_actor, task, rows):
+        return task.typed(rows, 1.0, 0.6).where(torch.arange(len(rows))[:, None] % 2 == 1, task.answers[rows])
+
+    monkeypatch.setattr(make_spelling, "sample", in_turns)
+    make_spelling.make_critic(tmp_path, 0, Settings(answers=1024, passes=2))
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic")
+    rows = torch.arange(0, 1000, 20)
+    values = []
+    for given in (task.answers[rows], task.typed(rows, 1.0, 0.6)):
+        last = task.is_response(given).sum(1) - 1
+        with torch.no_grad():
+            found = critic(torch.cat([task.prompts[rows], given[:, :-1]], 1)).logits[:, PROMPT - 1 :, 0]
+        values.append(float(found[torch.arange(len(rows)), last].mean()))
+    right, wrong = values
+    assert right - wrong > 0.5
 
 
 def test_critics_without_graded_answers_are_language_models_that_have_read_the_text(task, tmp_path):

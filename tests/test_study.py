@@ -13,7 +13,7 @@ from asyppo_verl.adaptive_lam import AdaptiveLam
 from recipe.asyppo import one_page
 from recipe.asyppo.study import __main__ as command
 from recipe.asyppo.study import engine, report, rows, tasks
-from recipe.asyppo.study.credit import Run, credit, gae, keep
+from recipe.asyppo.study.credit import Run, credit, gae, keep, mask_score
 from recipe.asyppo.study.rows import Seeds, Store
 from recipe.asyppo.study.tasks import Task
 
@@ -30,20 +30,48 @@ def holes(runs: int, responses: int, length: int) -> torch.Tensor:
 def test_the_credit_of_many_runs_is_that_of_the_one_page(critics):
     torch.manual_seed(critics)
     is_response = holes(3, 8, 5)
-    rewards = torch.rand(3, 8, 5) * is_response
+    is_last = is_response & (is_response.flip(-1).cumsum(-1).flip(-1) == 1)
+    rewards = torch.rand(3, 8, 5) * is_last
     values = torch.rand(critics, 3, 8, 5)
     runs = [
-        Run(num_critics=critics, responses=4, lam=lam, adv_mask_fraction=k)
-        for lam, k in ((0.0, 0.2), (0.9, 0.4), (1.0, 0.0))
+        Run(
+            num_critics=critics,
+            responses=4,
+            lam=lam,
+            critic_lam=critic_lam,
+            adv_mask_fraction=k,
+            entropy_filter_fraction=h,
+        )
+        for lam, critic_lam, k, h in ((0.0, 0.5, 0.2, 0.4), (0.9, 1.0, 0.4, 0.2), (1.0, 0.9, 0.0, 0.0))
     ]
     *ours, metrics = credit(runs, rewards, values, rewards, is_response)
     for r, run in enumerate(runs):
         *theirs, page = one_page.credit(run, rewards[r], values[:, r], is_response[r])
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine[r] * is_response[r], other * is_response[r], **CLOSE)
+        if critics and run.critic_lam == 1:  # its returns are the reward
+            assert metrics["explained_var"][r] == pytest.approx(page["asyppo/explained_var"], rel=1e-3)
         if critics > 1 and run.adv_mask_fraction:
             ratio = page["asyppo/adv_abs_masked"] / page["asyppo/adv_abs_kept"]
             assert metrics["masked_to_kept"][r] == pytest.approx(ratio, rel=1e-4)
+
+
+def test_the_signals_by_which_advantages_are_masked():
+    torch.manual_seed(0)
+    sigma, surprisal = torch.rand(5, 4, 3), torch.rand(5, 4, 3)
+    found = mask_score(
+        [Run(mask_by=by) for by in ("sigma", "highest", "surprisal", "relative", "random")], sigma, surprisal
+    )
+    for score, expected in zip(found, (sigma[0], -sigma[1], surprisal[2], sigma[3] / sigma[3].mean(0)), strict=False):
+        assert torch.equal(score, expected)
+    assert not torch.equal(found[4], sigma[4])
+    runs = [Run(num_critics=2, responses=4, mask_from=0.2)] * 2
+    is_response = torch.ones(2, 4, 3, dtype=torch.bool)
+    *_, kept, metrics = credit(
+        runs, torch.rand(2, 4, 3), torch.rand(2, 2, 4, 3), surprisal[:2], is_response, None, [0.19, 0.2]
+    )
+    assert kept[0].all() and not kept[1].all()
+    assert metrics["masked_to_kept"][0] == 0 < metrics["masked_to_kept"][1]
 
 
 @pytest.mark.parametrize("largest", [False, True])
@@ -87,6 +115,7 @@ def test_critics_learn_before_or_after_they_value_a_step(update_first, adaptive_
     trainer = engine.Trainer(task, runs, partial(tasks.starting_model, task))
     (critics,) = trainer.critics
     if adaptive_lam:
+        assert [lam.lam for lam in critics.adaptive_lams] == [runs[0].lam] * 2
         critics.adaptive_lams = [AdaptiveLam(0.6), lambda explained: 0.1]
     batch, metrics = trainer.rollout()
     tokens, is_response = batch["tokens"], batch["is_response"]
@@ -173,6 +202,33 @@ def test_runs_with_unlike_critics_train_side_by_side():
     for name, weight in trainer.actors.weights.items():
         assert torch.equal(weight[1], before[name][1])  # value pre-training: the actor rests
         assert not torch.equal(weight[0], before[name][0])
+
+
+def test_an_update_is_of_the_credit_that_was_given(monkeypatch):
+    """What the actor's loss gets: the batch's advantages in another order, and a bonus for kept tokens' entropy."""
+    torch.manual_seed(0)
+    task, given, made = Task("", remarks="observed", **TINY), [], []
+    run = Run(num_critics=2, prompts=2, responses=4, mini_batches=1, epochs=1, entropy_coeff=0.5)
+    trainer = engine.Trainer(task, [run], partial(tasks.starting_model, task))
+    loss, rollout = one_page.actor_loss, trainer.rollout
+    monkeypatch.setattr(one_page, "actor_loss", lambda *values: given.append(values) or loss(*values))
+    monkeypatch.setattr(trainer, "rollout", lambda: made.append(rollout()) or made[0])
+    trainer.step()
+    ((log_prob, bonus, old, advantages, is_response),), ((batch, _),) = given, made
+    order = (old[0, :, None] == batch["old"][0]).all(-1).long().argmax(1)
+    torch.testing.assert_close(log_prob[is_response], old[is_response], rtol=1e-3, atol=1e-4)
+    assert torch.equal(advantages, batch["advantages"][:, order])
+    assert torch.equal(is_response, batch["is_response"][:, order])
+    assert (bonus >= 0).all() and bonus.any() and not bonus[~batch["keep_entropy"][:, order]].any()
+
+
+def test_free_steps_come_before_the_first():
+    task, seen, step = Task("", remarks="observed", **TINY), [], engine.Trainer.step
+    run = Run(num_critics=2, prompts=2, responses=4, mini_batches=1, free_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Trainer, "step", lambda self: seen.append(self.steps) or step(self))
+        engine.train(task, [run], partial(tasks.starting_model, task), steps=1)
+    assert seen == [-2, -1, 0]
 
 
 def test_equal_data_for_each_critic():

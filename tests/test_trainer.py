@@ -543,14 +543,16 @@ def test_law_7_the_actors_batch_is_verls_for_every_group_size(compose, clean, n,
     overrides = [f"actor_rollout_ref.rollout.n={n}", f"+asyppo.num_critics={num_critics}", f"+asyppo.shard={shard}"]
     overrides += ["+asyppo.adv_mask_fraction=0", "+asyppo.entropy_filter_fraction=0", "critic.ppo_mini_batch_size=2"]
     trainer = trainer_for(compose, *overrides)
+    trainer.actor_rollout_wg._dispatch_info = {"actor": [0, 1]}
     batch = put_rows({f"{prompt:032x}": [1] * n for prompt in range(8)})
+    given = [*batch.keys]
     theirs = PPOTrainerSync._balance_batch(
         trainer, KVBatchMeta(partition_id="train", keys=batch.keys, tags=batch.tags), {}
     )
     real, values = set(batch.keys), force_values(batch, 1)
     equal = {key: one * num_critics for key, one in values.items()}
     batch, _ = step(trainer, batch, equal)
-    assert batch.keys == theirs.keys and len(batch) == 8 * n
+    assert batch.keys == theirs.keys != given and len(batch) == 8 * n
     check_steps(trainer.critic_wg.calls, real)
     assert all(len(call.extra_info[RESPONSES]) == 4 for call in trainer.critic_wg.calls), "verl's critic makes 4 steps"
     ours = stored(batch, "advantages")
