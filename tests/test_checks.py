@@ -187,6 +187,16 @@ def said(complete, caplog):  # noqa: F811
     return run
 
 
+def test_saving_in_the_background_is_set_right_where_nothing_does_it(complete, caplog):  # noqa: F811
+    """verl would note no checkpoint as complete, and a killed run begin anew."""
+    key = "actor_rollout_ref.actor.checkpoint"
+    config = complete(f"{key}.async_save=True")
+    driver(config)
+    assert f"{key}.async_save=True: only Megatron" in caplog.text
+    assert config.actor_rollout_ref.actor.checkpoint.async_save is False
+    driver(complete(f"{key}=null"))
+
+
 def test_settings_that_verl_does_not_read_are_said(said):
     assert "critic.grad_clip=0.5 is not read by verl; set critic.optim.clip_grad" in said("critic.grad_clip=0.5")
     assert "is not read by verl" not in said("critic.grad_clip=0.5", "critic.optim.clip_grad=0.5")
