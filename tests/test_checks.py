@@ -145,6 +145,7 @@ def test_logical_cpus_are_counted_as_verl_asks_for_them(compose):
 
 def test_verls_program_with_another_estimator_is_warned_that_it_would_wait_for_ever(compose, caplog, monkeypatch):
     settings = ("algorithm.adv_estimator=grpo", "+asyppo={pool: {n_gpus_per_node: four}}")
+    settings += ("+ray_kwargs.ray_init.address=local",)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("verl.trainer.main_ppo"))
     driver(compose(*settings, "ray_kwargs.ray_init.num_cpus=12"))
     assert "logical CPUs" not in caplog.text
@@ -194,7 +195,8 @@ def test_saving_in_the_background_is_set_right_where_nothing_does_it(complete, c
     driver(config)
     assert f"{key}.async_save=True: only Megatron" in caplog.text
     assert config.actor_rollout_ref.actor.checkpoint.async_save is False
-    driver(complete(f"{key}=null"))
+    with pytest.raises(ValueError, match=r"actor.checkpoint=None.*remove the override"):
+        driver(complete(f"{key}=null"))
 
 
 def test_settings_that_verl_does_not_read_are_said(said):

@@ -65,7 +65,9 @@ No solution     | \text{no solution}
 45\text{ min}   | 45 \text{ minutes}
 27              | \textbf{(B)}\ 27 | 27 | \text{Area} = 27 \text{ cm}^2
 B               | \textbf{(B)}\ 12\pi | (B) \frac{1}{2} | B. 12
-(A) 27          | A | 27 | \textbf{(A)}\ 27
+(A) 27          | A | 27 | \textbf{(A)}\ 27 | A. 27
+A               | (A) \frac{1}{2}(a+b) | (A) 4(M+N)
+5               | \text{5 minutes}
 \frac{1}{2}\text{ min} | \frac12\text{ min} | \frac12 \text{ minute}
 0,\pm1          | 1, 0, -1 | \pm 1, 0 | \{0,\pm 1\} | \{0,1,-1\}
 \begin{pmatrix}1\\-2\end{pmatrix} | \left(\begin{array}{c}1\\-2\end{array}\right) | \begin{bmatrix}1 \\[4pt] -2\end{bmatrix}
@@ -137,7 +139,8 @@ x > 0           | x \ge 0 | y > 0 | 0
 S_3             | S | S_4
 n \equiv 1 \pmod 4 | n \equiv 3 \pmod 4
 Yes             | No
-C               | D | c | (C) + 1 | \text{(D) } 12 | (C) 5, (B) 6 | C. 5 \text{ or } D. 6
+C               | D | c | (C) + 1 | \text{(D) } 12 | (C) 5, (B) 6 | C. 5 \text{ or } D. 6 | (C) 5, B, D
+(A) 27          | B | 28 | (A) 28 | (B) 27
 27              | \textbf{(B)}\ 28
 -1,1            | -1 < x < 1 | x \in (-1,1)
 -1 < x < 1      | -1,1 | x = -1 \text{ or } x = 1 | \{-1,1\}
@@ -229,7 +232,7 @@ def test_run_away_expressions_are_given_up_in_time_and_the_next_answer_is_right(
     limits = {"processes": 1, "seconds": 0.5, "megabytes": 512}
     score(r"\sqrt{8}", r"\boxed{2\sqrt{2}}", **limits)  # its process is there
     begun = time.monotonic()
-    assert score(r"\sqrt{2}", f"\\boxed{{{answer}}}", **limits)["score"] == 0
+    assert score(r"\sqrt{2}", f"\\boxed{{{answer}}}", **limits)["gave_up"]
     assert time.monotonic() - begun < 3
     assert score(r"\sqrt{8}", r"\boxed{2\sqrt{2}}", **limits)["score"] == 1
 

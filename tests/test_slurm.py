@@ -14,9 +14,10 @@ STANDINS = {
     "scontrol": 'printf "first\\nsecond\\n"',
     "hostname": 'case $1 in --ip-address) echo "$NAMES" ;; --all-ip-addresses) echo "$INTERFACES" ;; esac',
     # Python, which starts Ray's nodes, asks how they are and waits for them.
-    "python": 'echo "$*" >> "$RECORD"\n'
+    "python": "trap 'kill $!; echo cluster >> \"$RECORD\"; exit' TERM\n"
+    'echo "$*" >> "$RECORD"\n'
     'case $* in *AuthenticationError*) exit "${NO_TOKENS:-0}" ;;\n'
-    "*block*) trap 'kill $!; echo cluster >> \"$RECORD\"; exit' TERM; sleep 60 & wait ;; esac",
+    "*block*) sleep 60 & wait ;; esac",
     # It waits until both nodes have been started.
     "script.sh": 'until [ "$(grep -c block "$RECORD")" = 2 ]; do sleep 0.01; done\n'
     'echo "$* with $RAY_ADDRESS $RAY_AUTH_MODE" >> "$RECORD"',

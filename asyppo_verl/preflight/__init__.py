@@ -22,8 +22,8 @@ from asyppo_verl.preflight import files, gpus, models, saving, support, values
 
 logger = logging.getLogger(__name__)
 
-VERLS_MAIN = "verl.trainer.main_ppo"
-"""The program whose actors are counted; others start other ones."""
+PROGRAMS = ("verl.trainer.main_ppo", "recipe.asyppo.main_asyppo")
+"""Those whose actors are counted; others start other ones."""
 
 CHECKS: tuple[Callable[[Run], Iterator[str] | None], ...] = (
     support.check_version,
@@ -74,7 +74,7 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
         settle(views)
         config.critic.enable = True
         actor = config.actor_rollout_ref.actor
-        if actor.strategy != "megatron" and actor.checkpoint:
+        if actor.strategy != "megatron":
             actor.checkpoint.async_save = False
         # A process without the plugin does not know this name, so it stops instead of training something else.
         config.trainer.v1.trainer_mode = TRAINER_PREFIX + trainer_mode(config)
@@ -93,7 +93,7 @@ def look_at_another(config: DictConfig) -> None:
     """
     support.check_estimator(config)
     program = getattr(sys.modules["__main__"], "__spec__", None)
-    if program and program.name == VERLS_MAIN and is_supported_verl() and config.trainer.use_v1:
+    if program and program.name in PROGRAMS and is_supported_verl() and config.trainer.use_v1:
         try:
             gpus.check_cpus(Run(config, AsyPPOConfig(), (), {}))
         except ValueError as error:

@@ -17,7 +17,9 @@ WORKERS = ("actor_rollout_ref.actor", "critic")
 def check_contents(run: Run) -> Iterator[str]:
     """Refuse contents of checkpoints that verl does not know, and would leave out in silence; say what is not read."""
     actor = run.config.actor_rollout_ref.actor
-    if actor.strategy != "megatron" and run.get(f"{WORKERS[0]}.checkpoint.async_save"):
+    if actor.checkpoint is None:
+        raise ValueError(f"{WORKERS[0]}.checkpoint=None: verl stops at the first checkpoint; remove the override")
+    if actor.strategy != "megatron" and actor.checkpoint.async_save:
         yield (
             f"{WORKERS[0]}.checkpoint.async_save=True: only Megatron saves in the background; with {actor.strategy} verl would "
             "never note which checkpoint is complete, and a run that is killed would begin anew, so this is set to False"

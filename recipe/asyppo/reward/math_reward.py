@@ -40,7 +40,9 @@ SAME = dict(pair.split(":") for pair in SAME_AS.split())
 FUNCTION = r"(?:arc|ar|a)?(?:sin|cos|tan|cot|sec|csc)h?|exp|ln|log|gcd|max|min|det|dim|Re|Im|mod|sqrt|pi"
 PART = r"(?:(?!\\pm|\\[{}])[^,()\[\]]|\((?:[^,()]|\([^,()]*\))*+\))*+"  # of a list
 # A letter of a multiple-choice question and its value.
-CHOICE = re.compile(r"(?:\\text\{)?\(?([A-Z])[).:]\}?((?:\.?\d|\\frac|\\sqrt)(?:(?![A-Z][).:]).)*)")
+CHOICE = re.compile(
+    r"(?:\\text\{)?\(?([A-Z])[).:]\}?((?:\.?\d|\\frac|\\sqrt)(?:(?!,(?:\\text\{)?\(?[A-Z](?:[).:}]|,|$)|[A-Z][).:](?!$)).)*)"
+)
 REWRITES: dict[str, Any] = {
     # Signs and names that print the same.
     r"\\[A-Za-z]+|\.\.\.|[^\x00-\x7f]": lambda m: f"{SAME[m[0]]} " if m[0] in SAME else normalize("NFKC", m[0]),  # 13
@@ -56,8 +58,8 @@ REWRITES: dict[str, Any] = {
     r"\\mathbb *\{?Z\}? */ *\{?(\w+)\}? *\\mathbb *\{?Z\}?": r"\\mathbb{Z}_{\1}",  # 3
     r"\\%|\\text *\{ *(?:\\?%|percent) *\}|(?<=\d) *percent\b": "%",  # 4
     r"\\text *\{ *degrees? *\}|\^ *\\circ(?= *[CFK]\b)": r"^{\\circ}",  # 2
-    r"(?<=[\d}]) *(?:\\text *\{ *|\\)?(?:(min)(?:ute)?|sec(?:ond)?)s?\.? *\}?$": lambda m: (
-        r"\text{minutes}" if m[1] else r"\text{seconds}"
+    r"(?<=[\d}]) *(\\text *\{ *)?\\?(?:(min)(?:ute)?|sec(?:ond)?)s?\.? *(?(1)\})$": lambda m: (
+        r"\text{minutes}" if m[2] else r"\text{seconds}"
     ),  # 0
     # Roman letters are a word or a unit, but not a function, a constant, or what is applied like a function.
     rf"\\text *\{{ *({FUNCTION}) *\}}|(?<![\\A-Za-z])({FUNCTION})(?![A-Za-z])": r"\\\1\2 ",  # 9
@@ -111,9 +113,12 @@ def number(answer: str) -> Fraction | None:
 
 def _alike(answer: str, other: str) -> str:
     """Of a choice with its value, (B) 27, what the other answer is: the letter or the value; any other answer as it is."""
-    if choice := CHOICE.fullmatch(answer):
-        return choice[1] if re.fullmatch("[A-Z]", other) or CHOICE.fullmatch(other) else choice[2]
-    return answer
+    if not (choice := CHOICE.fullmatch(answer)):
+        return answer
+    letter, value = choice.groups()
+    if CHOICE.fullmatch(other):
+        return f"({letter}){value}"
+    return letter if re.fullmatch("[A-Z]", other) else value
 
 
 class Graders:
