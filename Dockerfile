@@ -2,7 +2,7 @@
 #
 #   docker build -t asyppo_verl .
 #   docker run --rm -it --gpus all --net=host --shm-size=32g -v "$PWD/runs:/opt/asyppo_verl/runs" \
-#       -v "$PWD/data:/opt/asyppo_verl/data" -v "$HOME/.cache/huggingface:/root/.cache/huggingface" \
+#       -v "$PWD/data:/opt/asyppo_verl/data" -e HF_HOME=/opt/asyppo_verl/data/huggingface \
 #       asyppo_verl bash scripts/run_asyppo_qwen3_4b.sh
 ARG BASE=verlai/verl:vllm024.dev2
 FROM ${BASE}

@@ -128,7 +128,7 @@ def _select_share(sigma: Tensor, is_response: Tensor, fraction: float, *, larges
         raise ValueError(f"shapes differ: {tuple(sigma.shape)} sigmas, {tuple(is_response.shape)} response flags")
     sigma_N, is_response_N = sigma.reshape(-1), is_response.reshape(-1).bool()
     count = count_of(fraction, int(is_response_N.count_nonzero()))
-    if not (is_response_N & (sigma_N != 0)).any():
+    if count and not (is_response_N & (sigma_N != 0)).any():
         count = 0
     return select(sigma_N, is_response_N, count, largest=largest).view(sigma.shape)
 

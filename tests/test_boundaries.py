@@ -90,24 +90,10 @@ def test_imports(path):
 def test_the_trainer_does_no_arithmetic_on_tensors():
     """Formulas live in asyppo.py and metrics.py; the trainer may only count rows."""
     arithmetic = (ast.BinOp, ast.AugAssign, ast.UnaryOp, ast.Compare)
-    reductions = {
-        "where",
-        "sum",
-        "mean",
-        "std",
-        "var",
-        "clamp",
-        "topk",
-        "kthvalue",
-        "quantile",
-        "add",
-        "sub",
-        "mul",
-        "div",
-    }
+    formula = re.compile("(where|sum|mean|std|var|clamp|topk|kthvalue|quantile|add|sub|mul|div)_*")
     for node in ast.walk(ast.parse((PACKAGE / "trainer.py").read_text())):
         if isinstance(node, arithmetic) and not isinstance(getattr(node, "op", None), ast.BitOr | ast.Not):
             names = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
             assert not any(re.search(r"_[MBTNR]+$", name) for name in names), ast.unparse(node)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            assert node.func.attr.rstrip("_") not in reductions, ast.unparse(node)
+            assert not formula.fullmatch(node.func.attr), ast.unparse(node)

@@ -113,9 +113,13 @@ def start(compose, ranks: int, *overrides: str, subgroups: int = 1, worker: type
         device_name="cpu",
     ).spawn({"critic"})["critic"]
     group.reset()
-    loss_config = omega_conf_to_dataclass(config.critic)
-    group.set_loss_fn(partial(value_loss, config=loss_config))
+    group.set_loss_fn(loss_of(config))
     return group
+
+
+def loss_of(config) -> partial:
+    """verl's value loss, as its trainer gives it to a critic."""
+    return partial(value_loss, config=omega_conf_to_dataclass(config.critic))
 
 
 def batch(rows: int, seed: int = 0, num_critics: int = 2) -> TensorDict:
@@ -316,10 +320,7 @@ def test_the_number_of_ranks_changes_an_update_by_the_order_of_summation_only(pa
 @pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean"])
 def test_law_7_fillers_neither_move_nor_scale_an_update(request, pair, single, compose, loss_agg_mode):
     """Two steps on 6 and 5 responses: on two ranks with a filler, shuffled or not, and on one rank without any."""
-    loss = partial(
-        value_loss,
-        config=omega_conf_to_dataclass(compose(f"actor_rollout_ref.actor.loss_agg_mode={loss_agg_mode}").critic),
-    )
+    loss = loss_of(compose(f"actor_rollout_ref.actor.loss_agg_mode={loss_agg_mode}"))
     data, filler, first, second = batch(24), 4, [0, 1, 2, 3, 5, 6], [7, 8, 10, 11, 12]
     assert not data["response_mask"][filler].any()
 
@@ -331,9 +332,7 @@ def test_law_7_fillers_neither_move_nor_scale_an_update(request, pair, single, c
     for group in (pair, single):
         group.reset()
         group.set_loss_fn(loss)
-        request.addfinalizer(
-            partial(group.set_loss_fn, partial(value_loss, config=omega_conf_to_dataclass(compose().critic)))
-        )
+        request.addfinalizer(partial(group.set_loss_fn, loss_of(compose())))
         group.set_batching(use_dynamic_bsz=True, max_token_len_per_gpu=24)
     steps = [train(single, 0, rows(*step)) for step in (first, second)]
     filled = rows(*first[:3], *second[:3], *first[3:], *second[3:], filler)

@@ -26,12 +26,16 @@ def holes(runs: int, responses: int, length: int) -> torch.Tensor:
     return torch.arange(length) < torch.randint(1, length + 1, (runs, responses, 1))
 
 
+def last_of(is_response: torch.Tensor) -> torch.Tensor:
+    """The last response token of every row, where its reward is."""
+    return is_response & (is_response.flip(-1).cumsum(-1).flip(-1) == 1)
+
+
 @pytest.mark.parametrize("critics", [0, 1, 2, 4])
 def test_the_credit_of_many_runs_is_that_of_the_one_page(critics):
     torch.manual_seed(critics)
     is_response = holes(3, 8, 5)
-    is_last = is_response & (is_response.flip(-1).cumsum(-1).flip(-1) == 1)
-    rewards = torch.rand(3, 8, 5) * is_last
+    rewards = torch.rand(3, 8, 5) * last_of(is_response)
     values = torch.rand(critics, 3, 8, 5)
     runs = [
         Run(
@@ -120,8 +124,7 @@ def test_critics_learn_before_or_after_they_value_a_step(update_first, adaptive_
     batch, metrics = trainer.rollout()
     tokens, is_response = batch["tokens"], batch["is_response"]
     assert critics.models.steps == (3 if update_first else 0)
-    is_last = is_response & (is_response.flip(-1).cumsum(-1).flip(-1) == 1)
-    rewards = torch.where(is_last, task.grade(tokens)[1][..., None], 0.0)
+    rewards = torch.where(last_of(is_response), task.grade(tokens)[1][..., None], 0.0)
     before = critics.old_values_SBT.unflatten(0, (2, 2))
     with torch.no_grad():
         due = critics.values(tokens).unflatten(0, (2, 2))

@@ -93,11 +93,9 @@ def look_at_another(config: DictConfig) -> None:
     """
     support.check_estimator(config)
     program = getattr(sys.modules["__main__"], "__spec__", None)
-    if program and program.name in PROGRAMS and is_supported_verl() and config.trainer.use_v1:
-        try:
-            gpus.check_cpus(Run(config, AsyPPOConfig(), (), {}))
-        except ValueError as error:
-            logger.warning(error)
+    is_known = program is not None and program.name in PROGRAMS and is_supported_verl() and config.trainer.use_v1
+    if is_known and (missing := gpus.missing_cpus(config)):
+        logger.warning(missing)
 
 
 def _load_plugin_in_workers(config: DictConfig) -> None:

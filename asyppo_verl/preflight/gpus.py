@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from ray._private.utils import get_num_cpus
 
 from asyppo_verl.config import AsyPPOConfig, is_asyppo, trainer_mode
@@ -128,27 +128,34 @@ def needed_cpus(config: DictConfig) -> dict[str, int]:
 
 
 def check_cpus(run: Run) -> None:
-    """Refuse a cluster of the run's own with so few logical CPUs that verl would wait for more for ever.
+    """Refuse a cluster of the run's own with so few logical CPUs that verl would wait for more for ever."""
+    if missing := missing_cpus(run.config):
+        raise ValueError(missing)
+
+
+def missing_cpus(config: DictConfig) -> str:
+    """What is wrong with the logical CPUs of a run of any estimator, key, value and fix; empty if there are enough.
 
     A cluster that exists already, as one of several nodes does, is not looked at: it knows its CPUs, and can grow.
     """
-    settings = run.get("ray_kwargs.ray_init") or {}
+    settings = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
     address = settings.get("address") or os.environ.get("RAY_ADDRESS")
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     running = Path(folder, "ray", "ray_current_cluster")  # what Ray joins unless told
-    is_own = address == "local" or (address is None and run.config.trainer.nnodes == 1 and not running.exists())
+    is_own = address == "local" or (address is None and config.trainer.nnodes == 1 and not running.exists())
     if not is_own:
-        return
-    needed, given = needed_cpus(run.config), settings.get("num_cpus")
+        return ""
+    needed, given = needed_cpus(config), settings.get("num_cpus")
     total, present = sum(needed.values()), get_num_cpus(True) if given is None else given
-    if isinstance(present, int | float) and present < total:
-        raise ValueError(
-            f"ray_kwargs.ray_init.num_cpus={given}"
-            + ("" if given is not None else f" (the {present} cores of this machine)")
-            + f" is below the {total} logical CPUs without which verl waits for ever: "
-            + " + ".join(f"{count} ({name})" for name, count in needed.items())
-            + f"; set ray_kwargs.ray_init.num_cpus={total}, which may be more than there are cores"
-        )
+    if not isinstance(present, int | float) or present >= total:
+        return ""
+    return (
+        f"ray_kwargs.ray_init.num_cpus={given}"
+        + ("" if given is not None else f" (the {present} cores of this machine)")
+        + f" is below the {total} logical CPUs without which verl waits for ever: "
+        + " + ".join(f"{count} ({name})" for name, count in needed.items())
+        + f"; set ray_kwargs.ray_init.num_cpus={total}, which may be more than there are cores"
+    )
 
 
 def _divisors(number: int) -> list[int]:
