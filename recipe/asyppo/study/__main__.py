@@ -48,13 +48,14 @@ def commit() -> str:
 def run_row(row: str, store: Store, seeds: Seeds, *, stack: int, has_time: Callable[[], bool]) -> bool:
     """Run what the row lacks; False if time ran out before its end."""
     while True:
-        name, needed = rows.runs_of(row, store, seeds)
-        missing = sorted((run for run in needed if store.line(name, run) is None), key=engine.kind)
+        missing = [(name, run) for name, run in rows.runs_of(row, store, seeds) if store.line(name, run) is None]
         if not missing:
             return True
-        task = tasks.TASKS[name]
+        name = missing[0][0]
+        task = tasks.named(name)
         start = partial(starting_model, task, store.path.parent)
-        runs = [run for run in missing if run.free_steps == missing[0].free_steps][:stack]
+        runs = sorted((run for other, run in missing if other == name), key=engine.kind)
+        runs = [run for run in runs if run.free_steps == runs[0].free_steps][:stack]
         began = time.perf_counter()
         with tqdm(total=store.steps, desc=f"{row}: {len(runs)} of {len(missing)} runs", mininterval=2) as bar:
             history = engine.train(task, runs, start, steps=store.steps, may_go_on=has_time, progress=bar.update)

@@ -2,14 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
 from recipe.asyppo.study import rows
 from recipe.asyppo.study.credit import Run
-from recipe.asyppo.study.rows import ABLATIONS, ALGORITHMS, Seeds, Store
+from recipe.asyppo.study.rows import ABLATIONS, ALGORITHMS, Seeds, Store, TaskRun, on_fresh_tables, with_seeds
 from recipe.asyppo.study.tasks import TASKS
 
 BEGIN, END = "<!-- results: written by python -m recipe.asyppo.study report -->", "<!-- end of results -->"
@@ -40,8 +40,8 @@ def progress(store: Store, seeds: Seeds) -> list[str]:
     """A line for every row: how many of its runs are done."""
     lines = []
     for row in rows.rows():
-        task, runs = rows.runs_of(row, store, seeds)
-        lines.append(f"{row:18} {sum(store.line(task, run) is not None for run in runs)} of {len(runs)} runs")
+        runs = rows.runs_of(row, store, seeds)
+        lines.append(f"{row:18} {sum(store.line(*run) is not None for run in runs)} of {len(runs)} runs")
     return lines
 
 
@@ -54,7 +54,7 @@ def by_learning_rate(store: Store, task: str, seeds: Seeds) -> str:
     """Mean scores of what needs no learned critics on the tuning seeds, at every actor learning rate."""
 
     def cell(algorithm: str, lr: float) -> str:
-        scores = store.scores(task, replace(ALGORITHMS[algorithm], actor_lr=lr), seeds.tuning)
+        scores = store.scores(with_seeds(task, [replace(ALGORITHMS[algorithm], actor_lr=lr)], seeds.tuning))
         return f"{fmean(scores):.3f}" if scores else "not run"
 
     body = [[f"{lr:g}", *(cell(algorithm, lr) for algorithm in FITNESS)] for lr in TASKS[task].actor_lrs]
@@ -68,9 +68,9 @@ def setting(run: Run | None) -> str:
     return f"actor lr {run.actor_lr:g}{critics}"
 
 
-def mean_metric(store: Store, task: str, run: Run, seeds: Seeds, metric: str) -> str:
-    """A metric over the last fifth of the run, averaged over the seeds; a dash where there is none."""
-    lines = [store.line(task, replace(run, seed=seed)) for seed in seeds.main]
+def mean_metric(store: Store, runs: Iterable[TaskRun], metric: str) -> str:
+    """A metric over the last fifth of the runs, averaged over them; a dash where there is none."""
+    lines = [store.line(*run) for run in runs]
     series = [line["metrics"].get(metric) for line in lines if line]
     fifth = slice(store.steps - max(1, store.steps // 5), store.steps)
     return f"{fmean(fmean(numbers[fifth]) for numbers in series):.2f}" if series and all(series) else "-"
@@ -79,15 +79,14 @@ def mean_metric(store: Store, task: str, run: Run, seeds: Seeds, metric: str) ->
 def comparison(store: Store, task: str, seeds: Seeds) -> str:
     """Every algorithm at its tuned setting, on the main seeds, against GRPO seed by seed."""
     tuned = {algorithm: rows.best(store, task, algorithm, seeds) for algorithm in ALGORITHMS}
-    scores = {a: store.scores(task, run, seeds.main) if run else None for a, run in tuned.items()}
+    runs = {algorithm: with_seeds(task, [run] if run else [], seeds.main) for algorithm, run in tuned.items()}
+    scores = {algorithm: store.scores(runs[algorithm]) or None for algorithm in ALGORITHMS}
     body = [
         [
             algorithm,
             shown(scores[algorithm]),
             "-" if algorithm == "grpo" else shown(differences(scores[algorithm], scores["grpo"]), "+"),
-            mean_metric(store, task, run, seeds, "explained_var") if run else "-",
-            mean_metric(store, task, run, seeds, "masked_to_kept") if run else "-",
-            mean_metric(store, task, run, seeds, "admitted") if run else "-",
+            *(mean_metric(store, runs[algorithm], name) for name in ("explained_var", "masked_to_kept", "admitted")),
             setting(run),
         ]
         for algorithm, run in tuned.items()
@@ -102,7 +101,23 @@ def ablation(store: Store, task: str, seeds: Seeds, name: str) -> tuple[str | No
     if tuned is None:
         return None, name
     variants = rows.ablations(tuned)[name]
-    scores = {variant: store.scores(task, run, seeds.main) for variant, run in variants.items()}
+    return variants_table(
+        store, name, {variant: with_seeds(task, [run], seeds.main) for variant, run in variants.items()}
+    )
+
+
+def fresh(store: Store, task: str, seeds: Seeds) -> tuple[str | None, str]:
+    """What was run again on fresh tables, seed by seed against GRPO on the same table."""
+    tuned = [run for algorithm in rows.TO_CONFIRM if (run := rows.best(store, task, algorithm, seeds))]
+    if len(tuned) < len(rows.TO_CONFIRM):
+        return None, "fresh"
+    variants = rows.confirmation(*tuned)
+    return variants_table(store, "fresh", {name: on_fresh_tables(task, [run], seeds) for name, run in variants.items()})
+
+
+def variants_table(store: Store, name: str, variants: Mapping[str, Sequence[TaskRun]]) -> tuple[str | None, str]:
+    """The variants that have run, against the first, and what is missing; no table of fewer than two."""
+    scores = {variant: store.scores(runs) for variant, runs in variants.items()}
     first, *others = scores.values()
     there = {variant: numbers for variant, numbers in scores.items() if numbers is not None}
     if first is None or len(there) < 2:
@@ -112,7 +127,7 @@ def ablation(store: Store, task: str, seeds: Seeds, name: str) -> tuple[str | No
             variant,
             shown(numbers),
             "-" if numbers is first else shown(differences(numbers, first), "+"),
-            mean_metric(store, task, variants[variant], seeds, "explained_var"),
+            mean_metric(store, variants[variant], "explained_var"),
         ]
         for variant, numbers in there.items()
     ]
@@ -130,12 +145,14 @@ def plot(store: Store, seeds: Seeds, path: Path) -> None:
     for axis, task in zip(axes[0], panels, strict=True):
         for algorithm in ALGORITHMS:
             run = rows.best(store, task, algorithm, seeds)
-            if run is None or store.scores(task, run, seeds.main) is None:
+            runs = with_seeds(task, [run], seeds.main) if run else []
+            if not store.scores(runs):
                 continue
-            lines = [store.done[rows.key(task, replace(run, seed=seed))] for seed in seeds.main]
+            lines = [store.done[rows.key(*run)] for run in runs]
             curve = [fmean(step) for step in zip(*(line["curve"][: store.steps] for line in lines), strict=True)]
             smooth = [fmean(curve[max(0, i - 1) : i + 1]) for i in range(len(curve))]
-            axis.plot([run.prompts * run.responses * (i + 1) for i in range(len(curve))], smooth, label=algorithm)
+            responses = runs[0][1].prompts * runs[0][1].responses
+            axis.plot([responses * (i + 1) for i in range(len(curve))], smooth, label=algorithm)
         axis.set(title=task, xlabel="responses", ylim=(0, 1))
     axes[0, 0].set_ylabel("reward")
     axes[0, 0].legend(fontsize="small")
@@ -156,7 +173,8 @@ def results(store: Store, seeds: Seeds) -> str:
             parts += ["Not run."]
             continue
         parts += [comparison(store, task, seeds), "Score by actor learning rate:", by_learning_rate(store, task, seeds)]
-        tables, missing = zip(*(ablation(store, task, seeds, name) for name in ABLATIONS), strict=True)
+        found = [*(ablation(store, task, seeds, name) for name in ABLATIONS), fresh(store, task, seeds)]
+        tables, missing = zip(*found, strict=True)
         parts += filter(None, tables)
         parts += [f"Not run on this task: {'; '.join(filter(None, missing))}."] if any(missing) else []
     seen = Counter((line["machine"], line["commit"]) for line in store.done.values())

@@ -23,6 +23,9 @@ ALGORITHMS = {
     "asyppo": Run(num_critics=2),
 }
 WITHOUT_CRITICS = ("grpo", "oracle", "oracle lam=0")
+TO_CONFIRM = ("grpo", "ppo_small_critic", "asyppo")
+TaskRun = tuple[str, Run]
+"""A task's name, and a run of it."""
 
 
 def key(task: str, run: Run) -> str:
@@ -62,19 +65,20 @@ class Store:
         line = self.line(task, run)
         return None if line is None else fmean(line["curve"][self.steps - max(1, self.steps // 5) : self.steps])
 
-    def scores(self, task: str, setting: Run, seeds: Iterable[int]) -> list[float] | None:
+    def scores(self, runs: Iterable[TaskRun]) -> list[float] | None:
         """Scores of a setting by seed; None if one is missing."""
-        scores = [self.score(task, replace(setting, seed=seed)) for seed in seeds]
+        scores = [self.score(task, run) for task, run in runs]
         there = [score for score in scores if score is not None]
         return there if len(there) == len(scores) else None
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Seeds that choose the learning rates, and others that are reported."""
+    """Seeds that choose the learning rates, others that are reported, and those of runs with tables of their own."""
 
     main: tuple[int, ...] = tuple(range(5))
     tuning: tuple[int, ...] = (100, 101)
+    fresh: tuple[int, ...] = tuple(range(200, 205))
 
 
 def grid(task: str, algorithm: str) -> list[Run]:
@@ -88,7 +92,7 @@ def grid(task: str, algorithm: str) -> list[Run]:
 def best(store: Store, task: str, algorithm: str, seeds: Seeds) -> Run | None:
     """The setting with the highest mean score on the tuning seeds; None before they are there."""
     settings = grid(task, algorithm)
-    scores = {run: fmean(found) for run in settings if (found := store.scores(task, run, seeds.tuning))}
+    scores = {run: fmean(found) for run in settings if (found := store.scores(with_seeds(task, [run], seeds.tuning)))}
     return max(scores, key=scores.__getitem__) if len(scores) == len(settings) else None
 
 
@@ -148,9 +152,22 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
 ABLATIONS = tuple(ablations(ALGORITHMS["asyppo"]))
 
 
-def runs_of(row: str, store: Store, seeds: Seeds) -> tuple[str, list[Run]]:
-    """The task and the runs of a row, such as ``fitness-plain``: those that choose learning rates, and once they are
-    there, those that are reported.
+def confirmation(grpo: Run, small: Run, run: Run) -> dict[str, Run]:
+    """What is run again on fresh tables: tuned GRPO, one small critic and AsyPPO, and what the study made of the last."""
+    bare = replace(run, adv_mask_fraction=0.0, entropy_filter_fraction=0.0)
+    return {
+        "grpo": grpo,
+        "one small critic": small,
+        "asyppo": run,
+        "masks off": bare,
+        "before, lam=0": replace(bare, update_first=True, lam=0.0),
+        "before, adaptive lam": replace(bare, update_first=True, adaptive_lam=True),
+    }
+
+
+def runs_of(row: str, store: Store, seeds: Seeds) -> list[TaskRun]:
+    """The runs of a row, such as ``fitness-plain``: those that choose learning rates, and once they are there, those
+    that are reported.
 
     Raises:
         ValueError: for a row that is unknown.
@@ -158,21 +175,28 @@ def runs_of(row: str, store: Store, seeds: Seeds) -> tuple[str, list[Run]]:
     name, _, task = row.partition("-")
     if task not in TASKS or name not in NAMES:
         raise ValueError(f"row {row!r} is none of: {', '.join(rows())}")
-    algorithms = {"fitness": WITHOUT_CRITICS, "main": tuple(ALGORITHMS)}.get(name, ("asyppo",))
-    grids = with_seeds([run for algorithm in algorithms for run in grid(task, algorithm)], seeds.tuning)
+    algorithms = {"fitness": WITHOUT_CRITICS, "main": tuple(ALGORITHMS), "fresh": TO_CONFIRM}.get(name, ("asyppo",))
+    grids = with_seeds(task, [run for algorithm in algorithms for run in grid(task, algorithm)], seeds.tuning)
     tuned = [run for algorithm in algorithms if (run := best(store, task, algorithm, seeds))]
     if len(tuned) < len(algorithms):
-        return task, grids
+        return grids
+    if name == "fresh":
+        return grids + on_fresh_tables(task, confirmation(*tuned).values(), seeds)
     if name in ABLATIONS:
         tuned = list(ablations(tuned[0])[name].values())
-    return task, grids + with_seeds(tuned, seeds.main)
+    return grids + with_seeds(task, tuned, seeds.main)
 
 
-def with_seeds(settings: Iterable[Run], seeds: Iterable[int]) -> list[Run]:
-    return [replace(run, seed=seed) for run, seed in product(dict.fromkeys(settings), seeds)]
+def with_seeds(task: str, settings: Iterable[Run], seeds: Iterable[int]) -> list[TaskRun]:
+    return [(task, replace(run, seed=seed)) for run, seed in product(dict.fromkeys(settings), seeds)]
 
 
-NAMES = ("fitness", "main", *ABLATIONS)
+def on_fresh_tables(task: str, settings: Iterable[Run], seeds: Seeds) -> list[TaskRun]:
+    """A seed draws everything here: table, demonstrations, start, prompts and value heads."""
+    return [(f"{task}@{seed}", replace(run, seed=seed)) for run, seed in product(dict.fromkeys(settings), seeds.fresh)]
+
+
+NAMES = ("fitness", "main", *ABLATIONS, "fresh")
 
 
 def rows() -> list[str]:

@@ -13,7 +13,7 @@ Remarks, right or wrong, tell a critic of every error without its knowing a sing
 Shape suffixes as in :mod:`recipe.asyppo.one_page`; N answers in a response, K symbols.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -41,6 +41,7 @@ class Task:
     actor_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     supervised_steps: int = 400
     demonstrations: int = 512  # in each of these steps
+    table_seed: int = 0  # of the table, the demonstrations and the start
 
     @property
     def vocabulary(self) -> int:
@@ -103,7 +104,7 @@ class Task:
 @cache
 def _table(task: Task, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     with torch.device("cpu"):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(task.table_seed)
         right_K = torch.randint(10, (task.symbols,), generator=generator)
         wrong_K = (right_K + torch.randint(1, 10, (task.symbols,), generator=generator)) % 10
         chance_K = torch.where(torch.rand(task.symbols, generator=generator) < task.hard, *task.chance)
@@ -167,11 +168,11 @@ def chances(task: Task, actors: Models, tokens_RBL: Tensor, responses: int) -> T
     return groups.mean(2, keepdim=True).expand_as(groups).flatten(1, 2)
 
 
-def starting_model(task: Task, size: tuple[int, int], *, seed: int = 0) -> Models:
+def starting_model(task: Task, size: tuple[int, int]) -> Models:
     """A language model that imitates the demonstrations, errors included: the actor's start, and the critics' bodies."""
-    torch.manual_seed(seed)
-    actor = Models([task.weights(size, FIRST_SYMBOL, seed)], [0.0])  # symbols are read, never written
-    generator = torch.Generator("cpu").manual_seed(seed)
+    torch.manual_seed(task.table_seed)
+    actor = Models([task.weights(size, FIRST_SYMBOL, task.table_seed)], [0.0])  # symbols are read, never written
+    generator = torch.Generator("cpu").manual_seed(task.table_seed)
     for step in range(task.supervised_steps):
         actor.lr_S[0] = 3e-3 * min(1, step / 50, 2 * (1 - step / task.supervised_steps))
         prompts_BN = task.draw_prompts(task.demonstrations, generator).to(actor.lr_S.device)
@@ -199,3 +200,9 @@ TASKS = {
         Task("long", remarks="observed", answers=32),
     )
 }
+
+
+def named(name: str) -> Task:
+    """The task of a name such as ``tool``, or ``tool@200``, which is ``tool`` with a table and a start of its own."""
+    base, _, table_seed = name.partition("@")
+    return replace(TASKS[base], name=name, table_seed=int(table_seed or 0))
