@@ -175,6 +175,16 @@ def test_the_chances_are_the_shares_of_right_answers():
     torch.testing.assert_close(chance[0, 0], shares, rtol=0, atol=0.03)
 
 
+def test_a_fresh_table_has_demonstrations_and_a_start_of_its_own(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "plain", Task("plain", **TINY))
+    first, same, fresh = (tasks.named(name) for name in ("plain", "plain@0", "plain@7"))
+    for a, b, c in zip(*(task.table() for task in (first, same, fresh)), strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    a, b, c = (tasks.starting_model(task, task.actor_size).weights["head"] for task in (first, same, fresh))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert first.table_seed == 0 and fresh == replace(first, name="plain@7", table_seed=7)
+
+
 def test_the_grade_and_the_demonstrations_agree():
     task = Task("", remarks="own", **TINY, chance=(1.0, 1.0))
     prompts = task.draw_prompts(6, torch.Generator().manual_seed(0))
@@ -254,7 +264,14 @@ def study(monkeypatch, tmp_path):
     document.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\nafter\n")
 
     def run(*arguments: str) -> list[dict]:
-        settings = ["--steps=2", "--seeds=2", "--tuning-seeds=1", "--device=cpu", f"--folder={tmp_path}"]
+        settings = [
+            "--steps=2",
+            "--seeds=2",
+            "--tuning-seeds=1",
+            "--fresh-seeds=2",
+            "--device=cpu",
+            f"--folder={tmp_path}",
+        ]
         command.main([*arguments, *settings, f"--document={document}"])
         path = tmp_path / "runs.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -271,12 +288,19 @@ def test_rows_resume_and_report(study, capsys):
     main = run("main-plain", "masks-plain")
     assert main[: len(fitness)] == fitness
     assert len({line["key"] for line in main}) == len(main) == len(fitness) + 3 * (1 + 2) + 4 * 2
+    names = [json.loads(line["key"])[0] for line in run("fresh-plain")[len(main) :]]
+    assert names == ["plain@200"] * 6 + ["plain@201"] * 6
     run("--list")
     assert "masks-plain        11 of 11 runs" in capsys.readouterr().out
     run("report")
     text = document.read_text()
     assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text
-    assert "| asyppo | " in text and "| mask alone | " in text and "shares but for k=0.2 h=0.2, k=0.0 h=0.0" in text
+    assert (
+        "| asyppo | " in text
+        and "| mask alone | " in text
+        and "| before, lam=0 | " in text
+        and "shares but for k=0.2 h=0.2, k=0.0 h=0.0" in text
+    )
     run("report")
     assert document.read_text() == text
     with pytest.raises(SystemExit, match="is none of"):

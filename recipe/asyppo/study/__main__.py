@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="show the rows and how far they are")
     parser.add_argument("--seeds", type=int, default=5, help="seeds that are reported")
     parser.add_argument("--tuning-seeds", type=int, default=2, help="other seeds that choose the learning rates")
+    parser.add_argument("--fresh-seeds", type=int, default=10, help="seeds of the runs with tables of their own")
     parser.add_argument("--steps", type=int, default=50, help="of 128 responses")
     parser.add_argument("--stack", type=int, help="runs at once (192 on a GPU; 4 on a CPU, where more are no faster)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
@@ -86,7 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--document", type=Path, default=Path("docs/study.md"))
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
-    seeds = Seeds(tuple(range(options.seeds)), tuple(range(100, 100 + options.tuning_seeds)))
+    main, tuning, fresh = options.seeds, options.tuning_seeds, options.fresh_seeds
+    seeds = Seeds(tuple(range(main)), tuple(range(100, 100 + tuning)), tuple(range(200, 200 + fresh)))
     store = Store(options.folder, steps=options.steps)
     stack = options.stack or (4 if options.device == "cpu" else 192)
     torch.set_default_device(options.device)

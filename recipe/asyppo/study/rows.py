@@ -78,7 +78,7 @@ class Seeds:
 
     main: tuple[int, ...] = tuple(range(5))
     tuning: tuple[int, ...] = (100, 101)
-    fresh: tuple[int, ...] = tuple(range(200, 205))
+    fresh: tuple[int, ...] = tuple(range(200, 210))
 
 
 def grid(task: str, algorithm: str) -> list[Run]:
@@ -193,7 +193,7 @@ def with_seeds(task: str, settings: Iterable[Run], seeds: Iterable[int]) -> list
 
 def on_fresh_tables(task: str, settings: Iterable[Run], seeds: Seeds) -> list[TaskRun]:
     """A seed draws everything here: table, demonstrations, start, prompts and value heads."""
-    return [(f"{task}@{seed}", replace(run, seed=seed)) for run, seed in product(dict.fromkeys(settings), seeds.fresh)]
+    return [(f"{task}@{seed}", replace(run, seed=seed)) for seed, run in product(seeds.fresh, dict.fromkeys(settings))]
 
 
 NAMES = ("fitness", "main", *ABLATIONS, "fresh")
