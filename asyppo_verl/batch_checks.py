@@ -22,7 +22,7 @@ STEPS_TO_LEARN = 50
 """Steps after which critics that explain nothing are worth a warning."""
 
 EXPLAINS_NOTHING = 0.02
-"""Explained variance of the mean value, the median of these steps, that no critic is worth having for."""
+"""Critics are blind if the mean value's median explained variance over these steps is below this."""
 
 
 def check_rollouts(keys: Sequence[str], step: int) -> None:

@@ -143,8 +143,8 @@ class AsyPPOConfig:
     (all responses; an ablation)."""
 
     update_critics_first: bool = False
-    """Critics learn from a step's responses before they value them; False is the paper's order. They value twice: before,
-    for the targets, the clipping and the metrics of the critics, and after, for the advantages and selections (ours)."""
+    """Critics train on a step's responses before its advantages are computed; False is the paper's order. Values are taken twice:
+    before, for the critics' targets, clipping and metrics, and after, for advantages and selections (ours)."""
 
     adaptive_lam: bool = False
     """The lambda of the advantages falls from ``algorithm.lam`` to 0 as the critics' explained variance rises from 0.1 to 0.3

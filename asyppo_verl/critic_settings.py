@@ -33,7 +33,7 @@ GOES_FIRST = (
     ("forward_max_token_len_per_gpu", "ppo_infer_max_token_len_per_gpu"),
     ("forward_micro_batch_size_per_gpu", "ppo_infer_micro_batch_size_per_gpu"),
 )
-"""Pairs of a setting of verl's critic and one that verl lets go before it where that is set."""
+"""Pairs of a setting of verl's critic and one that overrides it where set."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -326,6 +326,6 @@ def _join_subgroup(rank: int, world_size: int, subgroups: int) -> int:
 
 
 def _name_architecture(module: Any) -> None:
-    """Name the class that a checkpoint really holds; it would else say the causal model it was started from."""
+    """Name the class that a checkpoint really holds; otherwise it would name the initial causal model."""
     module = getattr(module, "_fsdp_wrapped_module", module)  # FSDP1 wraps, FSDP2 renames the class
     module.config.architectures = [type(module).__name__.removeprefix("FSDP")]

@@ -39,9 +39,9 @@ def activate() -> None:
 
 
 def _on_supported_verl(hook: Callable[[Any], Any] | str) -> Callable[[Any], None]:
-    """Make a hook idle with an unknown verl: AsyPPO runs are refused there, and nothing else of it is touched.
+    """Skip a hook under an unknown verl: AsyPPO runs are refused there, and other runs are left untouched.
 
-    As wrapt does with the name of one, ``module:function``, it imports that when it is called.
+    A hook given as ``module:function`` is imported when it is called, as wrapt does.
     """
 
     def hooked(module: Any) -> None:

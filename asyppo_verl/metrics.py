@@ -36,8 +36,8 @@ def explained_variance(cov_RR: Tensor, value: int, returns: int) -> float:
     """``1 - Var[R - V] / Var[R]`` from covariances: 1 is perfect, 0 is a constant, below 0 is worse than one.
 
     Var[R] is raised by 1e-5, as in verl's ``critic/vf_explained_var``, so that a batch of equal returns gives a number.
-    A constant gives 0 there as well: verl's 1 would be said of a critic that has run away, whose huge values leave nothing
-    of the rewards in the returns.
+    A constant gives 0 there as well: verl would give 1 to a diverged critic, whose huge values drown
+    the rewards in the returns.
 
     Args:
         cov_RR: covariances of several vectors.

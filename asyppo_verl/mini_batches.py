@@ -48,7 +48,7 @@ def rows_per_rank(steps: Sequence[Sequence[T]], ranks: int, multiple: int = 1) -
 
 
 def mini_batches(rows: Sequence[T], mini_batch: int, *, ranks: int = 1) -> list[list[T]]:
-    """Cut rows as verl does: each rank has an equal run of the rows, and gives an equal run of that to every step."""
+    """Cut rows as verl does: each rank has an equal part of the rows, and gives an equal part of it to each step."""
     share, part = len(rows) // ranks, mini_batch // ranks
     assert share * ranks == len(rows) and part * ranks == mini_batch and share % part == 0
     return [

@@ -80,10 +80,10 @@ def remove_old_elsewhere(root: Path, saved: Saved, keep: Mapping[str, int | None
 
 
 def step_back(root: Path, saved: Saved, step: int) -> None:
-    """Let the tracker name the run's last checkpoint before ``step``, which is about to be written, if it names another.
+    """Let the tracker name the run's last checkpoint before ``step``, which is about to be written, if it names another run's.
 
-    That belongs to another run. Were this run killed while it writes over it, the next start would else take what is there
-    for complete, or go on with the other run.
+    Otherwise, if this run were killed while overwriting it, the next start would take what is there
+    for complete, or resume the other run.
     """
     tracker = root / TRACKER
     named = tracker.read_text().strip() if tracker.exists() else ""

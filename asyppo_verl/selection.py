@@ -87,7 +87,7 @@ def once_explained(
     entropy_filter_fraction: float,
     explained: float = 0.2,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`asyppo_verl.asyppo.select_tokens` in steps whose values explain at least that share of the returns' variance.
+    """:func:`asyppo_verl.asyppo.select_tokens` in steps whose values explain at least ``explained`` of the variance.
 
     In other steps every token is used: the critics' disagreement is then the noise of their heads (docs/study.md).
     """

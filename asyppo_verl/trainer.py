@@ -325,7 +325,7 @@ class AsyPPOMixin(_Base):
         return batch
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
-        """verl's step; whatever comes after it finds the critics trained, the actor's update or not."""
+        """verl's step; after it the critics are trained, whether or not the actor was updated."""
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
         if not self._waits_for_critics:
             with marked_timer("update_critic", timing_raw, color="pink"):

@@ -57,8 +57,8 @@ def compile_layers(module: Any) -> None:
 def _for_one_kind_of_input(forward: Callable) -> Callable:
     """Hand tensors to a compiled layer as views, and in an evaluation without gradients.
 
-    Hidden states come as a view from FSDP and as none when a checkpoint is recomputed, and the embedding's ask for gradients
-    in an evaluation too: each kind would be compiled for by itself, twice the work.
+    Hidden states are views under FSDP, non-views when a checkpoint is recomputed, and embeddings require gradients
+    in an evaluation too: each kind would be compiled separately, twice the work.
     """
 
     def one_kind(argument: Any) -> Any:

@@ -6,7 +6,7 @@
 #   Hardware  two cores, 10 GB of memory, no GPU, Linux
 #   Time      installation three minutes, models and data one to three (both once), training five to seven minutes
 #   Expect    reward from about 0.3 to 0.5 (share of exact answers), explained variance of the critics above 0.3,
-#             |advantage| of masked tokens below 0.9 of the kept ones'
+#             |advantage| of masked tokens below 0.9 of the kept tokens'
 #
 # Usage: bash scripts/run_asyppo_cpu.sh [any verl override], for example trainer.total_training_steps=4
 #   RUN_DIR=...   where metrics.jsonl, checkpoints/ and log go (default runs/asyppo_cpu); an unfinished run is resumed

@@ -150,7 +150,7 @@ def test_verls_program_with_another_estimator_is_warned_that_it_would_wait_for_e
     driver(compose(*settings, "ray_kwargs.ray_init.num_cpus=12"))
     assert "logical CPUs" not in caplog.text
     driver(compose(*settings, "ray_kwargs.ray_init.num_cpus=11"))
-    assert "num_cpus=11 is below the 12 logical CPUs without which verl waits for ever" in caplog.text
+    assert "num_cpus=11 is below the 12 logical CPUs without which verl hangs" in caplog.text
 
 
 def test_too_few_logical_cpus_are_refused(compose, monkeypatch, tmp_path):
@@ -256,7 +256,7 @@ def test_the_last_step_of_the_data_is_the_last(complete):  # noqa: F811
 
 def test_settings_that_nothing_reads_are_pointed_out(said):
     assert "asypo={'num_critics': 3} is not read by AsyPPO" in said("+asypo.num_critics=3")
-    assert "resume_from_path=/nowhere/global_step_3 is not looked at" in said(
+    assert "resume_from_path=/nowhere/global_step_3 is ignored" in said(
         "trainer.resume_from_path=/nowhere/global_step_3"
     )
 

@@ -71,7 +71,7 @@ def test_files_of_a_rank_that_are_missing_on_one_node_are_refused(resumed, own):
 def test_files_of_other_nodes_are_left_to_their_ranks(resumed, tmp_path, caplog):
     """Disks may be a node's own: what can be seen is looked at, the rest is said."""
     driver(resumed(*TWO_NODES, seen=(0,)))
-    assert "of the checkpoint only this can be seen here: 1 of 2 ranks of" in caplog.text
+    assert "only part of the checkpoint is visible here: 1 of 2 ranks of" in caplog.text
     os.truncate(tmp_path / "checkpoints/global_step_3/critic/critic_1/optim_world_size_2_rank_0.pt", 10)
     caplog.clear()
     step = tmp_path / "checkpoints" / "global_step_3"

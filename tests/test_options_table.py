@@ -8,7 +8,7 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
 from asyppo_verl.config import TRAINER_MODES
 
-STATES = {"works", "refused", "noticed", "unproven"}
+STATES = {"works", "refused", "warned", "unproven"}
 
 
 @pytest.fixture(scope="module")

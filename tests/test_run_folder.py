@@ -111,6 +111,6 @@ def test_figures_are_those_of_the_last_fifth():
     shown = figures([first] * 24 + [last] * 6)
     assert "reward       0.500 -> 0.500 (mean of the first 5 and the last 6 of 30 steps)" in shown
     assert "critics      explained variance 0.250 in the last 6 of 30 steps; 1 is perfect, 0 a constant" in shown
-    assert "masks        |advantage| of masked tokens 0.75 of the kept ones' there" in shown
+    assert "masks        |advantage| of masked over kept tokens: 0.75, same steps" in shown
     assert len(figures([step] * 30)) == 2  # another algorithm
     assert not any("masks" in line for line in figures([last | {"asyppo/adv_abs_masked": 0.0}]))

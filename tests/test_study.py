@@ -260,27 +260,19 @@ def study(monkeypatch, tmp_path):
         small = replace(algorithm, prompts=2, responses=4, mini_batches=1, critic_size=(16, 1 + (name == "ppo")))
         monkeypatch.setitem(rows.ALGORITHMS, name, small)
     monkeypatch.setattr(rows, "CRITIC_LRS", (1e-3,))
-    document = tmp_path / "study.md"
-    document.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\nafter\n")
 
     def run(*arguments: str) -> list[dict]:
-        settings = [
-            "--steps=2",
-            "--seeds=2",
-            "--tuning-seeds=1",
-            "--fresh-seeds=2",
-            "--device=cpu",
-            f"--folder={tmp_path}",
-        ]
-        command.main([*arguments, *settings, f"--document={document}"])
+        seeds = ["--seeds=2", "--tuning-seeds=1", "--fresh-seeds=2"]
+        folders = [f"--folder={tmp_path}", f"--out={tmp_path}"]
+        command.main([*arguments, *seeds, *folders, "--steps=2", "--device=cpu"])
         path = tmp_path / "runs.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    return run, document
+    return run, tmp_path
 
 
 def test_rows_resume_and_report(study, capsys):
-    run, document = study
+    run, folder = study
     assert run("fitness-plain", "--seconds=0") == []
     fitness = run("fitness-plain", "--stack=4")  # three algorithms: two learning rates on one seed, the best on two
     assert len(fitness) == 3 * (2 * 1 + 2) and all(len(line["curve"]) == 2 for line in fitness)
@@ -293,8 +285,8 @@ def test_rows_resume_and_report(study, capsys):
     run("--list")
     assert "masks-plain        11 of 11 runs" in capsys.readouterr().out
     run("report")
-    text = document.read_text()
-    assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text
+    text = (folder / "tables.md").read_text()
+    assert (folder / "curves.png").stat().st_size > 0
     assert (
         "| asyppo | " in text
         and "| mask alone | " in text
@@ -302,7 +294,7 @@ def test_rows_resume_and_report(study, capsys):
         and "shares but for k=0.2 h=0.2, k=0.0 h=0.0" in text
     )
     run("report")
-    assert document.read_text() == text
+    assert (folder / "tables.md").read_text() == text
     with pytest.raises(SystemExit, match="is none of"):
         run("fitness-unknown")
 

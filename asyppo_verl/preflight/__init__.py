@@ -23,7 +23,7 @@ from asyppo_verl.preflight import files, gpus, models, saving, support, values
 logger = logging.getLogger(__name__)
 
 PROGRAMS = ("verl.trainer.main_ppo", "recipe.asyppo.main_asyppo")
-"""Those whose actors are counted; others start other ones."""
+"""Programs whose actors are counted; others start others."""
 
 CHECKS: tuple[Callable[[Run], Iterator[str] | None], ...] = (
     support.check_version,

@@ -152,7 +152,7 @@ def missing_cpus(config: DictConfig) -> str:
     return (
         f"ray_kwargs.ray_init.num_cpus={given}"
         + ("" if given is not None else f" (the {present} cores of this machine)")
-        + f" is below the {total} logical CPUs without which verl waits for ever: "
+        + f" is below the {total} logical CPUs without which verl hangs: "
         + " + ".join(f"{count} ({name})" for name, count in needed.items())
         + f"; set ray_kwargs.ray_init.num_cpus={total}, which may be more than there are cores"
     )
@@ -163,6 +163,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _listed(numbers: Iterable[int]) -> str:
-    """The last few, which are the nearest to what was asked for and beyond."""
+    """The largest four, for a message."""
     *rest, last = list(numbers)[-4:]
     return f"{', '.join(map(str, rest))} or {last}" if rest else str(last)

@@ -42,7 +42,7 @@ def check_folder(run: Run) -> None:
     present = next(path for path in (folder, *folder.parents) if path.exists())
     if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
         raise ValueError(
-            f"{key}={value}: {present} is a file or cannot be written, so no checkpoint could be; name another folder"
+            f"{key}={value}: {present} is a file or cannot be written, so saving would fail; name another folder"
         )
 
 
@@ -76,7 +76,7 @@ def check_resume(run: Run) -> Iterator[str]:
     """
     trainer, asyppo, folder = run.config.trainer, run.asyppo, resumed_checkpoint(run)
     if trainer.resume_mode == "auto" and trainer.resume_from_path:
-        yield f"trainer.resume_from_path={trainer.resume_from_path} is not looked at with trainer.resume_mode=auto"
+        yield f"trainer.resume_from_path={trainer.resume_from_path} is ignored with trainer.resume_mode=auto"
     if folder is None:
         return
     is_local = trainer.nnodes == 1 and (asyppo.pool.nnodes == 1 or not asyppo.critics_are_apart)
@@ -95,7 +95,7 @@ def check_resume(run: Run) -> Iterator[str]:
         if model.contents is not None and "model" not in model.contents:
             raise ValueError(
                 f"checkpoint.load_contents={list(model.contents)} lacks 'model', so the run would go on from {model.folder} "
-                "with the weights of a new one; add it, or start anew with trainer.resume_mode=disable"
+                "with a new run's weights; add it, or start anew with trainer.resume_mode=disable"
             )
         files = f"*_world_size_{model.ranks}_rank_"
         seen = [rank for rank in range(model.ranks) if is_local or any(model.folder.glob(f"{files}{rank}.pt"))]
@@ -104,7 +104,7 @@ def check_resume(run: Run) -> Iterator[str]:
         if len(seen) < model.ranks:
             unseen.append(f"{len(seen)} of {model.ranks} ranks of {model.folder}")
     if unseen:
-        yield f"of the checkpoint only this can be seen here: {'; '.join(unseen)}; each rank will look at its own files"
+        yield f"only part of the checkpoint is visible here: {'; '.join(unseen)}; each rank will check its own files"
 
 
 def _models(run: Run, folder: Path) -> Iterator[checkpoint.Model]:

@@ -29,7 +29,7 @@ LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-tok
 
 
 def check_estimator(config: Any) -> None:
-    """Refuse an estimator spelt "AsyPPO" or "asy_ppo", which verl would miss after its first rollout."""
+    """Refuse an estimator spelt "AsyPPO" or "asy_ppo", which verl rejects after its first rollout."""
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
     name = str(config.algorithm.adv_estimator)
@@ -86,7 +86,7 @@ def check_trainer(run: Run) -> Iterator[str]:
         (
             "algorithm.use_pf_ppo",
             not run.get("algorithm.use_pf_ppo"),
-            "the rows of the batch would be drawn anew and stored under the keys of others, so values, shards and selections "
+            "rows of the batch would be resampled and stored under the keys of others, so values, shards and selections "
             "would be of other responses; set it to False",
         ),
     ):
@@ -112,7 +112,7 @@ def check_selection(run: Run) -> None:
 
 
 def check_losses(run: Run) -> Iterator[str]:
-    """Refuse losses that verl would miss at its first update, or that do not honour the mask; say what is idle."""
+    """Refuse losses that verl rejects at its first update, or that do not honour the mask; say what is idle."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     asyppo, actor = run.asyppo, "actor_rollout_ref.actor"
@@ -128,7 +128,7 @@ def check_losses(run: Run) -> Iterator[str]:
     if mode in ("kl_cov", "clip_cov", "geo_mean") and asyppo.adv_mask_fraction > 0:
         yield (
             f"{key}={mode!r} looks at all tokens of a batch at once, so masked advantages change what it does to other tokens"
-            + (" and may still move themselves" if mode == "kl_cov" else "")
+            + ("; masked tokens may move too" if mode == "kl_cov" else "")
         )
     if asyppo.entropy_filter_fraction > 0 and run.get(f"{actor}.entropy_coeff") == 0:
         yield (

@@ -154,7 +154,7 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, is_response_BT: Tensor, lam: floa
 
 
 def credit(run: Settings, rewards_BT: Tensor, values_MBT: Tensor, is_response_BT: Tensor) -> tuple:
-    """Advantages, the critics' target, whose entropy earns the bonus, all (B, T); metrics. With one critic sigma is 0: PPO."""
+    """Advantages, critics' target, flags of tokens with a bonus, all (B, T); metrics. With one critic sigma is 0: PPO."""
     if run.num_critics == 0:  # GRPO: the reward, whitened over the responses to the same prompt
         rewards_GN = rewards_BT.sum(1).view(-1, run.responses)
         deviation_G1, mean_G1 = torch.std_mean(rewards_GN, 1, keepdim=True)

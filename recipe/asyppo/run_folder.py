@@ -1,7 +1,7 @@
 """A run folder: held by one run at a time, resumed or moved aside by the next, its metrics read and summed up.
 
 It holds ``metrics.jsonl`` (verl's file logger, one JSON object a step), ``checkpoints/`` and ``log``. A folder whose latest
-checkpoint is below ``trainer.total_training_steps`` (or where that is open), or that ``trainer.resume_from_path`` is in, is
+checkpoint is below ``trainer.total_training_steps`` (or where that is null), or that ``trainer.resume_from_path`` is in, is
 resumed with its metrics kept; any other earlier run is moved aside, never overwritten.
 """
 
@@ -153,6 +153,6 @@ def figures(steps: Sequence[dict]) -> list[str]:
         lines.append(f"critics      explained variance {mean(EXPLAINED):.3f} in {where}; 1 is perfect, 0 a constant")
     if all(MASKED in step for step in last) and mean(MASKED):
         lines.append(
-            f"masks        |advantage| of masked tokens {mean(MASKED) / mean(KEPT):.2f} of the kept ones' there"
+            f"masks        |advantage| of masked over kept tokens: {mean(MASKED) / mean(KEPT):.2f}, same steps"
         )
     return [*lines, f"step time    {statistics.median(step[SECONDS] for step in steps):.2f} s (median)"]

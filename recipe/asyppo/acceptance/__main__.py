@@ -147,7 +147,7 @@ def planned_peak(folder: Path, machine: Machine, algorithm: str) -> float:
 
 
 def compare(folder: Path, machine: Machine, report: dict[str, Any]) -> dict[str, Any]:
-    """Print phases, peaks and ratios to GRPO of the algorithms that were run; returns what of it is new."""
+    """Print phases, peaks and ratios to GRPO of the algorithms that were run; returns the ratios and the planned peaks."""
     runs = {name: report[name] for name in ALGORITHMS if report.get(name)}
     print(f"\n{'seconds of a step (medians)':<42}" + "".join(f"{name:>10}" for name in runs))
     for phase in PHASES:

@@ -1,8 +1,8 @@
 """Decontamination: exact repeats, and training problems that are also evaluation problems.
 
-Two problems are the same if their words and numbers agree, notation aside, or nearly so: at least half of the runs of six
-words of the shorter one occur in the other, and four fifths of their numbers agree; or if nearly all of those runs do, as
-with a number or a source in front. One long common run, the usual test for prose, fails on mathematics both ways: stock
+Two problems are the same if their words and numbers agree, notation aside, or nearly so: at least half of the word
+6-grams of the shorter one occur in the other, and four fifths of their numbers agree; or if nearly all of these do, as
+with a number or a source in front. One long common n-gram, the usual test for prose, fails on mathematics both ways: stock
 phrases such as "where m and n are relatively prime positive integers, find m + n" are longer than 13 words, and the same
 sentence with other numbers is another problem. The counts are exact; an index of the runs of some 1,500 evaluation problems
 is small, and MinHash would only approximate it.

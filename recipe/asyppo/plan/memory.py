@@ -122,7 +122,7 @@ def phases(settings: Settings, algorithm: str) -> list[Phase]:
     critics_idle = sum(_held(critic, settings, "idle") for critic in critics)
 
     def during(state: str, working: str, tokens: int) -> dict[str, float]:
-        """The critic that is worst in ``state``, with the others idle."""
+        """The most that a critic in ``state`` holds beside the idle others, and the most that one works with."""
         peak = {"forward": forward_working, "update": update_working}[working]
         held = max(critics_idle - _held(c, settings, "idle") + _held(c, settings, state) for c in critics)
         return {"critics": held, "working": max(peak(critic, tokens) for critic in critics)}

@@ -1,6 +1,6 @@
 """Pictures of a run for documents: ``python -m recipe.asyppo.report.pictures RUN [--out docs]``.
 
-Writes ``asyppo_cpu.png`` (curves) and ``token_view.png``, a photograph of the page in a headless Chromium.
+Writes ``asyppo_cpu.png`` (curves) and ``token_view.png``, a screenshot of the page in a headless Chromium.
 """
 
 import argparse

@@ -59,7 +59,7 @@ def _parts(text: str) -> tuple[str, list[str]]:
 
 
 def _named(text: str) -> tuple[str, list[str]]:
-    """The name before "=", if it is no part of the value as in "AB = BA", and what is on the other sides."""
+    """("x", [values]) of "x = ..."; ("", [all sides]) if the left side is no name, or is used on another side ("AB = BA")."""
     name, *values = EQUALS.split(text)
     without_units = re.sub(r"\\text\{[^{}]*\}", "", " ".join(values))
     own, used = (re.findall(r"\\[A-Za-z]+|[A-Za-z]", it) for it in (re.sub(r"[(_[].*", "", name), without_units))
@@ -70,7 +70,7 @@ def _named(text: str) -> tuple[str, list[str]]:
 def equal(truth: str, answer: str) -> bool:
     """Equality of two plain answers: numbers, words, expressions, equations, and lists, sets, intervals of them.
 
-    Pairs and intervals are in order, lists and sets are not, but names beside none are. 62.5% is 5/8, and may be 62.5.
+    Pairs and intervals are ordered, lists and sets only if just one side has names. 62.5% is 5/8, and may be 62.5.
     "x = 5" and "5" are equal, whichever is the truth; "x = 5" and "y = 5" are not.
     """
     exact = number(truth)

@@ -112,7 +112,7 @@ def number(answer: str) -> Fraction | None:
 
 
 def _alike(answer: str, other: str) -> str:
-    """Of a choice with its value, (B) 27, what the other answer is: the letter or the value; any other answer as it is."""
+    """Of "(B) 27", the part to compare: its letter if ``other`` is one, its value if not, both if ``other`` has both."""
     if not (choice := CHOICE.fullmatch(answer)):
         return answer
     letter, value = choice.groups()

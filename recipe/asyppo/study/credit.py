@@ -15,7 +15,7 @@ from recipe.asyppo.one_page import Settings
 
 @dataclass(frozen=True)
 class Run(Settings):
-    """One run. Runs that train together share ``free_steps`` and ``prompts`` to ``entropy_coeff``, sorted by ``engine.kind``."""
+    """One run. Runs that train together agree in ``free_steps`` and in ``prompts`` to ``entropy_coeff``."""
 
     seed: int = 0
     free_steps: int = 0  # steps of value pre-training before the run, not counted

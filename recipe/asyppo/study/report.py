@@ -1,4 +1,4 @@
-"""Tables and plots of the study, from its finished runs, into docs/study.md between two marks."""
+"""Tables and a plot of the study, from its finished runs."""
 
 import json
 from collections import Counter
@@ -12,7 +12,10 @@ from recipe.asyppo.study.credit import Run
 from recipe.asyppo.study.rows import ABLATIONS, ALGORITHMS, Seeds, Store, TaskRun, on_fresh_tables, with_seeds
 from recipe.asyppo.study.tasks import TASKS
 
-BEGIN, END = "<!-- results: written by python -m recipe.asyppo.study report -->", "<!-- end of results -->"
+HEAD = """# Tables of the study
+
+Written by `python -m recipe.asyppo.study report`; what they mean is in [the study](../study.md). Mean score of the
+seeds and its 95 % interval, differences paired by seed."""
 FITNESS = rows.WITHOUT_CRITICS
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
@@ -156,7 +159,6 @@ def plot(store: Store, seeds: Seeds, path: Path) -> None:
         axis.set(title=task, xlabel="responses", ylim=(0, 1))
     axes[0, 0].set_ylabel("reward")
     axes[0, 0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
 
@@ -168,7 +170,7 @@ def results(store: Store, seeds: Seeds) -> str:
     """All tables as Markdown."""
     parts = []
     for task in TASKS:
-        parts += [f"### {task}"]
+        parts += [f"## {task}"]
         if not has_runs(store, task):
             parts += ["Not run."]
             continue
@@ -182,10 +184,8 @@ def results(store: Store, seeds: Seeds) -> str:
     return "\n\n".join([*parts, f"{len(store.done)} runs: {'; '.join(runs)}."])
 
 
-def write(store: Store, seeds: Seeds, document: Path) -> None:
-    """Put tables and plot into the document, between its two marks."""
-    before, _, rest = document.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    plot(store, seeds, document.parent / "study" / "curves.png")
-    picture = "![Reward by responses, mean of the seeds](study/curves.png)"
-    document.write_text("\n\n".join([before + BEGIN, picture, results(store, seeds), END + after]))
+def write(store: Store, seeds: Seeds, folder: Path) -> None:
+    """``tables.md`` and ``curves.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot(store, seeds, folder / "curves.png")
+    (folder / "tables.md").write_text(f"{HEAD}\n\n{results(store, seeds)}\n")
