@@ -82,10 +82,13 @@ def check_critics(path: Path, num_critics: int, *, held: Iterable[int] | None = 
     expected = {names[index] for index in (range(num_critics) if held is None else held)}
     missing, unexpected = sorted(expected - found), sorted(found - set(names))
     if missing or unexpected:
+        fix = "set num_critics to what the run was saved with"
+        if not found:
+            fix = "if a run without mini-critics saved it, name a folder of your own (trainer.default_local_dir)"
         raise ValueError(
             f"the checkpoint {path} does not fit asyppo.num_critics={num_critics}: "
             f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; "
-            "set num_critics to what the run was saved with, or trainer.resume_mode=disable to start anew"
+            f"{fix}, or trainer.resume_mode=disable to start anew"
         )
 
 

@@ -226,17 +226,6 @@ class AsyPPOConfig:
                 raise ValueError(
                     f"asyppo.critic_overrides.{index}={overrides!r} must be a mapping such as {{optim: {{lr: 1e-5}}}}"
                 )
-            for key in overrides:
-                if key not in OVERRIDABLE:
-                    raise ValueError(
-                        f"asyppo.critic_overrides.{index}.{key} cannot be set for a single critic{nearest(key, OVERRIDABLE)}; "
-                        f"a critic may have its own {', '.join(OVERRIDABLE)}"
-                    )
-                if key in ("model", "optim", "fsdp") and not isinstance(overrides[key], Mapping):
-                    raise ValueError(
-                        f"asyppo.critic_overrides.{index}.{key}={overrides[key]!r} must be a mapping, such as {{lr: 1e-5}} "
-                        "for optim"
-                    )
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any] | None) -> "AsyPPOConfig":

@@ -86,31 +86,18 @@ def runs(config: DictConfig, asyppo: AsyPPOConfig) -> list[Run]:
     ]
 
 
-def settle(views: Sequence[Run]) -> None:
-    """Write beside a critic's own settings, in place, what verl's configuration derives from them by interpolation.
+def settle(run: Run, apart: Sequence[Run]) -> None:
+    """Write beside critics' own settings, in place, those that verl's configuration derives from them by interpolation.
 
     verl resolves the configuration before it builds the critics; what is derived would then be that of all critics.
     """
-    (run, *apart), overrides = views, {}
-    for critic in apart:
-        own, shared = (cast(dict, OmegaConf.to_container(c.config.critic, resolve=True)) for c in (critic, run))
-        idle = {name for name, first in GOES_FIRST if own.get(first) is not None}  # verl does not look at these
-        derived = {k: v for k, v in _changed(own, shared).items() if k in OVERRIDABLE and k not in idle}
-        overrides[critic.critics[0]] = OmegaConf.merge(derived, critic.own)
-    if overrides:
-        run.config.asyppo.critic_overrides = overrides
-
-
-def _changed(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of ``own`` that ``shared`` lacks, or has otherwise."""
-    found = {}
-    for name, value in own.items():
-        other = shared.get(name)
-        if isinstance(value, Mapping) and isinstance(other, Mapping):
-            value = _changed(value, other) or other
-        if name not in shared or value != other:
-            found[name] = value
-    return found
+    critic = run.config.critic
+    idle = {name for name, first in GOES_FIRST if critic.get(first) is not None}  # verl does not look at these
+    derived = [key for key in OVERRIDABLE if OmegaConf.is_interpolation(critic, key) and key not in idle]
+    if apart:
+        run.config.asyppo.critic_overrides = {
+            one.critics[0]: {key: one.config.critic[key] for key in derived} | dict(one.own) for one in apart
+        }
 
 
 def critic_nodes(config: DictConfig, asyppo: AsyPPOConfig) -> list[DictConfig]:
@@ -145,16 +132,20 @@ def _merged(config: DictConfig, index: int, overrides: Mapping[str, Any]) -> Dic
 
 
 def _check_names(own: Mapping[str, Any], node: DictConfig, index: int, path: str = "") -> None:
-    """Refuse a key that verl would not read."""
-    names = [*map(str, node), *UNLISTED.get(path, ())]
+    """Refuse a key that verl would not read, or would read for all critics."""
+    names = [*map(str, node), *UNLISTED.get(path, ())] if path else OVERRIDABLE
     for key, value in own.items():
         name = f"{path}.{key}".lstrip(".")
         if key not in names:
             raise ValueError(
-                f"asyppo.critic_overrides.{index}.{name} is not a setting of verl's critic node{nearest(str(key), names)}; "
-                f"valid: {', '.join(names)}"
+                f"asyppo.critic_overrides.{index}.{name} cannot be set for a single critic{nearest(str(key), names)}; "
+                f"a critic may have its own {', '.join(names)}"
             )
-        if isinstance(value, Mapping) and name not in OPEN and OmegaConf.is_dict(inner := node.get(key)):
+        if OmegaConf.is_dict(inner := node.get(key)) and name not in OPEN:
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"asyppo.critic_overrides.{index}.{name}={value!r} must be a mapping of {', '.join(inner)}"
+                )
             _check_names(value, inner, index, name)
 
 

@@ -45,18 +45,8 @@ def value_field(index: int) -> str:
     return f"{VALUE_PREFIX}{index}"
 
 
-@dataclasses.dataclass(frozen=True)
-class MiniCriticSpec:
-    """Settings of one mini-critic's worker."""
-
-    worker: TrainingWorkerConfig
-    """Model, engine, optimizer and checkpoint settings, as verl's critic has them."""
-    head_seed: int
-    """Seed of the new value head."""
-
-
-def critic_specs(nodes: Sequence[DictConfig], head_seed: int) -> list[MiniCriticSpec]:
-    """The mini-critics built from verl ``critic`` nodes, with the head seeds ``head_seed``, ``head_seed + 1`` and so on.
+def worker_configs(nodes: Sequence[DictConfig]) -> list[TrainingWorkerConfig]:
+    """The mini-critics' settings from verl ``critic`` nodes.
 
     Critics with the same node share one configuration, and those with the same tokenizer share that.
     """
@@ -69,7 +59,7 @@ def critic_specs(nodes: Sequence[DictConfig], head_seed: int) -> list[MiniCritic
             model = workers[id(node)].model_config
             first = first_of.setdefault(model.tokenizer_path, model)
             model.tokenizer, model.processor = first.tokenizer, first.processor
-    return [MiniCriticSpec(workers[id(node)], head_seed + index) for index, node in enumerate(nodes)]
+    return [workers[id(node)] for node in nodes]
 
 
 def worker_config(node: DictConfig) -> TrainingWorkerConfig:
@@ -101,18 +91,20 @@ def worker_config(node: DictConfig) -> TrainingWorkerConfig:
 
 
 def ensemble_worker_class(
-    specs: Sequence[MiniCriticSpec], *, split: bool = False, compiles: bool = False
+    workers: Sequence[TrainingWorkerConfig], *, head_seed: int = 0, split: bool = False, compiles: bool = False
 ) -> type["MiniCriticEnsembleWorker"]:
-    """A worker class that carries its specs: verl hands a critic worker one configuration, and we need M.
+    """A worker class that carries its settings: verl hands a critic worker one configuration, and we need M.
 
     Made anew at every call, so that Ray ships it by value; attributes set on an importable class would be lost.
 
     Args:
-        specs: one per mini-critic.
+        workers: one per mini-critic.
+        head_seed: of the first new value head; the next has the next.
         split: the ranks are dealt to the critics in equal runs, instead of every critic spanning all of them.
         compiles: the critics' layers are compiled.
     """
-    own = {"specs": tuple(specs), "subgroups": len(specs) if split else 1, "compiles": compiles}
+    own = {"workers": tuple(workers), "head_seed": head_seed, "compiles": compiles}
+    own |= {"subgroups": len(workers) if split else 1}
     return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), own)
 
 
@@ -210,7 +202,8 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
     ``critic.fsdp.param_offload`` only the one at work is on the accelerator.
     """
 
-    specs: tuple[MiniCriticSpec, ...] = ()
+    workers: tuple[TrainingWorkerConfig, ...] = ()
+    head_seed: int = 0
     subgroups: int = 1
     """Into how many equal runs the ranks are dealt: 1, or one per critic."""
     compiles: bool = False
@@ -220,10 +213,10 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         Worker.__init__(self)
         value_model.install(verl.utils.model)
         is_split = self.subgroups > 1
-        held = [_join_subgroup(self.rank, self.world_size, self.subgroups)] if is_split else range(len(self.specs))
+        held = [_join_subgroup(self.rank, self.world_size, self.subgroups)] if is_split else range(len(self.workers))
         # One critic is verl's, to the last bit.
-        critic = MiniCritic if len(self.specs) > 1 else TrainingWorker
-        self.critics = {index: critic(self.specs[index].worker) for index in held}
+        critic = MiniCritic if len(self.workers) > 1 else TrainingWorker
+        self.critics = {index: critic(self.workers[index]) for index in held}
         self.set_dispatch_collect(mesh_name=MESH, **self.critics[held[0]].get_dispatch_collect())
         # A process has one profiler: what verl starts and stops is what the critics' own steps are noted in.
         DistProfilerExtension.__init__(self, self.critics[held[0]].profiler)
@@ -235,7 +228,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         """Build every model; the new heads differ between critics and agree between ranks and runs."""
         for index, critic in self.critics.items():
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.specs[index].head_seed)
+                torch.default_generator.manual_seed(self.head_seed + index)
                 critic.reset()
             if self.compiles:
                 value_model.compile_layers(critic.engine.module)
@@ -288,7 +281,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
         Raises:
             ValueError: if the folders do not fit this run's critics and this rank, before anything is loaded.
         """
-        check_critics(Path(local_path), len(self.specs), held=self.critics)
+        check_critics(Path(local_path), len(self.workers), held=self.critics)
         ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         for folder, _, critic in self._folders(local_path, None):
             contents = critic.checkpoint_config and critic.checkpoint_config.load_contents
@@ -297,7 +290,7 @@ class MiniCriticEnsembleWorker(Worker, DistProfilerExtension):
             critic.load_checkpoint(folder, remote, del_local_after_load)
 
     def _folders(self, local_path: str, hdfs_path: str | None) -> list[tuple[str, str | None, TrainingWorker]]:
-        names = critic_folders(len(self.specs))
+        names = critic_folders(len(self.workers))
         return [
             (os.path.join(local_path, names[index]), hdfs_path and os.path.join(hdfs_path, names[index]), critic)
             for index, critic in self.critics.items()

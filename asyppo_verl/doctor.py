@@ -1,8 +1,7 @@
-"""Say whether AsyPPO would run here: ``python -m asyppo_verl.doctor [OVERRIDE ...]``.
+"""Say whether AsyPPO would run here: ``python -m asyppo_verl.doctor``.
 
-Prints versions, platform, whether the plugin is active in this process and inside a Ray worker, and the logical CPUs that
-Ray must have for a run with the given overrides of verl's configuration. Exits with 1 and the fix if a run with
-``algorithm.adv_estimator=asyppo`` would not work; that verl's defaults would lack CPUs is only said.
+Prints versions, platform, and whether the plugin is active in this process and inside a Ray worker. Exits with 1 and the fix
+if a run with ``algorithm.adv_estimator=asyppo`` would not work.
 """
 
 import importlib.metadata
@@ -10,7 +9,6 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 from asyppo_verl.config import SUPPORTED_VERL, is_supported_verl
@@ -78,26 +76,6 @@ def _find_problems_in_ray() -> list[str]:
             ray.shutdown()
 
 
-def find_missing_cpus(overrides: Sequence[str]) -> str:
-    """What Ray would lack for a run with these overrides, as the check before a run says it; empty if nothing."""
-    from hydra import compose, initialize_config_module
-
-    from asyppo_verl.critic_settings import read_config, runs
-    from asyppo_verl.preflight.gpus import check_cpus, needed_cpus
-
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=list(overrides))
-    needed = needed_cpus(config)
-    print(
-        f"logical CPUs   {sum(needed.values())} needed: {', '.join(f'{count} {name}' for name, count in needed.items())}"
-    )
-    try:
-        check_cpus(runs(config, read_config(config))[0])
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def main() -> None:
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print(__doc__)
@@ -112,10 +90,6 @@ def main() -> None:
 
         print(f"verl device    {get_device_name()} (VERL_PLATFORM={os.environ.get('VERL_PLATFORM', 'not set')})")
         where["a Ray worker"] = _find_problems_in_ray()
-        if missing := find_missing_cpus(sys.argv[1:]):
-            print(f"with these settings: {missing}")
-            if sys.argv[1:]:
-                where["Ray"] = ["too few logical CPUs: see above"]
     for place, problems in where.items():
         print(f"in {place}: " + ("the plugin is active" if not problems else "NOT WORKING"))
         for problem in problems:

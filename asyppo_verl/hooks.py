@@ -97,7 +97,8 @@ def _register_trainers(v1: Any) -> None:
 
 def _stop_wrong_trainer(**_kwargs: Any) -> None:
     raise RuntimeError(
-        "algorithm.adv_estimator=asyppo reached verl's own trainer, which cannot compute it: the asyppo plugin was not "
-        "active where the run was started. Run `python -m asyppo_verl.doctor` there, or start the run with "
-        "`python -m recipe.asyppo.main_asyppo`."
+        "algorithm.adv_estimator=asyppo reached a trainer that cannot compute it. Start the run with "
+        "`python -m verl.trainer.main_ppo` or `python -m recipe.asyppo.main_asyppo`: programs that bring a trainer of their own, "
+        "such as recipe.dapo, one_step_off_policy and fully_async_policy, leave AsyPPO's out. If the run was started so, the "
+        "asyppo plugin was not active there: `python -m asyppo_verl.doctor` says why."
     )

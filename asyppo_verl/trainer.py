@@ -28,7 +28,7 @@ from asyppo_verl.adaptive_lam import AdaptiveLam
 from asyppo_verl.config import TRAINER_PREFIX, trainer_mode
 from asyppo_verl.critic_client import CriticClient
 from asyppo_verl.critic_settings import critic_nodes, read_config
-from asyppo_verl.critic_worker import VALUE_PREFIX, critic_specs, ensemble_worker_class, value_field
+from asyppo_verl.critic_worker import VALUE_PREFIX, ensemble_worker_class, value_field, worker_configs
 from asyppo_verl.metrics import ensemble_metrics, mask_metrics, selection_metrics
 from asyppo_verl.retention import Saved, older_ones_last
 
@@ -70,9 +70,12 @@ class AsyPPOMixin(_Base):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        specs = critic_specs(critic_nodes(self.config, self.asyppo), self.asyppo.head_seed)
-        is_split, compiles = self.asyppo.placement == "split", self.asyppo.compile_critics
-        worker = ensemble_worker_class(specs, split=is_split, compiles=compiles)
+        worker = ensemble_worker_class(
+            worker_configs(critic_nodes(self.config, self.asyppo)),
+            head_seed=self.asyppo.head_seed,
+            split=self.asyppo.placement == "split",
+            compiles=self.asyppo.compile_critics,
+        )
         self.role_worker_mapping[Role.Critic] = ray.remote(worker)
         if self.asyppo.critics_are_apart:
             pool = self.asyppo.pool

@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
     parser.add_argument("--limit", type=float, default=10.0, help="allowed growth of a role, MiB (files) per 100 steps")
-    parser.add_argument("--toy", type=Path, help="a ready toy task (python -m recipe.asyppo.toy.make_toy)")
+    parser.add_argument("--toy", type=Path, help="a ready toy task (recipe.asyppo.toy.make_toy.make)")
     parser.add_argument("--plot", type=Path, help="write a picture of memory and open files by step")
     parser.add_argument("--samples", type=Path, help="write what was seen as JSON")
     parser.add_argument("overrides", nargs="*", help="verl overrides")

@@ -15,7 +15,10 @@ SETTINGS = [
     ("+asyppo.num_critics=two", ["asyppo.num_critics='two'", "whole number"]),
     ("+asyppo.num_critics=2.5", ["asyppo.num_critics=2.5", "whole number"]),
     ("+asyppo.num_critics=true", ["asyppo.num_critics=True", "whole number"]),
-    ("+asyppo.num_critics=5", ["rollout.n=4", "num_critics=5", "raise n or lower num_critics"]),
+    (
+        "+asyppo.num_critics=5",
+        ["rollout.n=4", "num_critics=5", "raise n, lower num_critics, or", "asyppo.shard=prompt"],
+    ),
     ("+asyppo.critic_lam=abc", ["asyppo.critic_lam='abc'", "number"]),
     ("+asyppo.critic_lam=-0.5", ["asyppo.critic_lam=-0.5", "[0, 1]"]),
     ("+asyppo.critic_lam=1.5", ["asyppo.critic_lam=1.5", "[0, 1]"]),
@@ -131,6 +134,18 @@ SETTINGS = [
     ),
     ("critic.ppo_max_token_len_per_gpu=100", ["critic.ppo_max_token_len_per_gpu=100", "raise it to 1024"]),
     ("+critic.ppo_infer_max_token_len_per_gpu=10", ["critic.ppo_infer_max_token_len_per_gpu=10", "raise it to 1024"]),
+    (
+        "actor_rollout_ref.rollout.response_length=4096 critic.ppo_max_token_len_per_gpu=4096",
+        ["critic.ppo_max_token_len_per_gpu=4096", "raise it to 4608"],
+    ),
+    (
+        "data.max_prompt_length=16 data.max_response_length=16 critic.ppo_max_token_len_per_gpu=100",
+        ["critic.ppo_max_token_len_per_gpu=100", "128 for fillers", "raise it to 128"],
+    ),
+    (
+        "critic=megatron_critic",
+        ["critic._target_='verl.workers.config.McoreCriticConfig'", "take critic=dp_critic, without"],
+    ),
     ("critic.ppo_mini_batch_size=7 trainer.n_gpus_per_node=8", ["critic.ppo_mini_batch_size=7", "multiple of 8"]),
     # what goes together with AsyPPO
     ("trainer.use_v1=False", ["trainer.use_v1=False", "V1 trainer"]),
@@ -173,6 +188,11 @@ SETTINGS = [
     (
         "critic.fsdp.ulysses_sequence_parallel_size=2 trainer.n_gpus_per_node=2 critic.model.use_remove_padding=True",
         ["ulysses_sequence_parallel_size=2", "attn_implementation='sdpa'", "remove one of the two"],
+    ),
+    (
+        "critic.fsdp.ulysses_sequence_parallel_size=2 trainer.n_gpus_per_node=2 critic.model.use_remove_padding=True "
+        "~critic.model.override_config +critic.model.override_config={_attn_implementation:sdpa}",
+        ["ulysses_sequence_parallel_size=2", "override_config._attn_implementation='sdpa'"],
     ),
     (
         "critic.fsdp.ulysses_sequence_parallel_size=2 trainer.n_gpus_per_node=2 "

@@ -196,7 +196,7 @@ def composing(base_overrides: list[str]) -> Callable:
             return hydra_compose("ppo_trainer", overrides=[*groups, *base_overrides])
 
     def composed(*more: str):
-        groups = [override for override in more if "@" in override]
+        groups = [override for override in more if "@" in override or override.startswith("critic=")]
         config = copy.deepcopy(base(*groups))
         values = OverridesParser.create().parse_overrides([override for override in more if override not in groups])
         ConfigLoaderImpl._apply_overrides_to_config(values, config)

@@ -34,6 +34,10 @@ LEGAL = [
     "data.gen_batch_size=8",
     "data.train_max_samples=16",
     "critic.ppo_max_token_len_per_gpu=1024",
+    "data.max_response_length=40000 actor_rollout_ref.rollout.response_length=512",
+    "data.max_prompt_length=16 data.max_response_length=16 critic.ppo_max_token_len_per_gpu=32 +asyppo.num_critics=1",
+    "actor_rollout_ref.rollout.n=1 trainer.val_only=True",
+    "actor_rollout_ref.rollout.n=1 +asyppo.shard=prompt",
     "actor_rollout_ref.rollout.n=5 critic.ppo_mini_batch_size=8",
     # switches
     "critic.shuffle=null",

@@ -187,28 +187,12 @@ tokens = st.lists(
 )
 
 
-@given(tokens, st.floats(0, 0.99), st.sampled_from([torch.float32, torch.float64]))
+@given(tokens, st.floats(0, 0.99), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
 def test_selections_equal_a_plain_loop_with_ties_and_holes(drawn, fraction, dtype):
-    sigma, is_response = [s for s, _ in drawn], [r for _, r in drawn]
+    sigma, is_response = torch.tensor([s for s, _ in drawn], dtype=dtype), [r for _, r in drawn]
     for keep, largest in ((keep_advantage, False), (keep_entropy, True)):
-        kept = keep(torch.tensor(sigma, dtype=dtype), torch.tensor(is_response), fraction=fraction)
-        assert kept.tolist() == drop_by_loop(sigma, is_response, fraction, largest)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("seed", range(20))
-def test_selections_equal_a_plain_loop_in_every_dtype(dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    sigma_BT = torch.randn(7, 11, generator=generator).abs().mul(3).to(dtype)
-    is_response_BT = torch.rand(7, 11, generator=generator) < 0.7
-    fraction = float(torch.rand((), generator=generator)) * 0.9
-    for keep, largest in ((keep_advantage, False), (keep_entropy, True)):
-        kept_BT = keep(sigma_BT, is_response_BT, fraction=fraction)
-        flat = drop_by_loop(sigma_BT.flatten().tolist(), is_response_BT.flatten().tolist(), fraction, largest)
-        assert kept_BT.flatten().tolist() == flat
-        response_tokens = int(is_response_BT.sum())
-        assert int((~kept_BT).sum()) == math.floor(Decimal(str(fraction)) * response_tokens)
-        assert kept_BT[~is_response_BT].all()
+        kept = keep(sigma, torch.tensor(is_response), fraction=fraction)
+        assert kept.tolist() == drop_by_loop(sigma.tolist(), is_response, fraction, largest)
 
 
 def test_fractions_are_the_decimals_that_were_written():
@@ -256,12 +240,6 @@ def test_shapes_must_agree(keep):
         keep(torch.rand(2, 3), torch.ones(6, dtype=torch.bool), fraction=0.5)
 
 
-@pytest.mark.parametrize("keep", [keep_advantage, keep_entropy])
-def test_integer_response_masks_as_verl_has_them(keep):
-    sigma_BT, mask_BT = torch.rand(3, 8), torch.randint(0, 2, (3, 8))
-    assert torch.equal(keep(sigma_BT, mask_BT, fraction=0.3), keep(sigma_BT, mask_BT.bool(), fraction=0.3))
-
-
 def disagreement(seed: int = 0, rows: int = 12, width: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct sigmas and a mask with holes."""
     generator = torch.Generator().manual_seed(seed)
@@ -294,13 +272,6 @@ def test_law_4_shifted_and_scaled_values():
     for keep in (keep_advantage, keep_entropy):
         expected = keep(sigma_BT, is_response_BT, fraction=0.3)
         assert torch.equal(keep(scaled_BT, is_response_BT, fraction=0.3), expected)
-
-
-def test_the_two_selections_are_disjoint_without_ties():
-    sigma_BT, is_response_BT = disagreement(7)
-    masked = ~keep_advantage(sigma_BT, is_response_BT, fraction=0.6)
-    filtered = ~keep_entropy(sigma_BT, is_response_BT, fraction=0.4)
-    assert not (masked & filtered).any() and masked.any() and filtered.any()
 
 
 @given(

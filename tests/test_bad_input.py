@@ -102,10 +102,15 @@ def test_a_critic_without_a_row_for_a_token_is_refused(complete, critic_copy):
         assert f"{key.removeprefix('+')}={critic_copy}" in message and "vocab_size=100 and 259" in message
 
 
-def test_a_critic_with_another_tokenizer_is_refused(complete, critic_copy):
+def test_a_critic_with_another_tokenizer_is_refused(complete, critic_copy, tmp_path):
     text = (critic_copy / "tokenizer.json").read_text()
-    (critic_copy / "tokenizer.json").write_text(text.replace('"A": ', '"never seen": '))
-    assert "tokenizers with different vocabularies" in refusal(complete(f"critic.model.path={critic_copy}"))
+    for changed in (
+        text.replace('"A": ', '"never seen": '),
+        text.replace('"A"', '"_"').replace('"B"', '"A"').replace('"_"', '"B"'),
+    ):
+        folder = shutil.copytree(critic_copy, tmp_path / f"critic{len(list(tmp_path.iterdir()))}")
+        (folder / "tokenizer.json").write_text(changed)
+        assert "tokenizers with different vocabularies" in refusal(complete(f"critic.model.path={folder}"))
 
 
 def test_a_vision_language_critic_is_refused(complete, critic_copy):

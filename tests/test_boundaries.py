@@ -60,7 +60,7 @@ ALLOWED = {
     ),
     "plugin": (set(), {"hooks"}),
     "export": ({"torch", "transformers", "verl"}, {"checkpoint"}),
-    "doctor": ({"hydra", "ray", "verl"}, {"config", "critic_settings", "preflight"}),
+    "doctor": ({"ray", "verl"}, {"config"}),
     "cpu": ({"torch", "psutil", "ray", "wrapt", "verl", "vllm"}, {"cpu"}),
 }
 

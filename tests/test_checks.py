@@ -203,6 +203,13 @@ def test_settings_that_verl_does_not_read_are_said(said):
     assert "critic.grad_clip=0.5 is not read by verl; set critic.optim.clip_grad" in said("critic.grad_clip=0.5")
     assert "is not read by verl" not in said("critic.grad_clip=0.5", "critic.optim.clip_grad=0.5")
     assert "set critic.fsdp.ulysses_sequence_parallel_size" in said("critic.ulysses_sequence_parallel_size=2")
+    assert "custom_reward_function.path is not read by verl any more" in said("custom_reward_function.path=my.py")
+    assert "reward_model.model is not read by verl any more" in said("reward_model.model.path=my")
+    bypass = ["algorithm.rollout_correction.bypass_mode=True", "algorithm.rollout_correction.rollout_rs=seq_mean_k1"]
+    assert "rollout_correction.rollout_rs=seq_mean_k1 is not read by verl with bypass_mode=True" in said(*bypass)
+    assert "not read" not in said(*bypass[1:]) + said(
+        *bypass, "actor_rollout_ref.actor.policy_loss.loss_mode=bypass_mode"
+    )
 
 
 def test_one_critic_with_a_lambda_of_its_own_is_said_to_be_no_ppo(said):
@@ -277,6 +284,23 @@ def test_a_critic_whose_embedding_is_only_padded_further_is_accepted(said, criti
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (critic_copy / name).unlink()
     assert "vocab_size=320 and 259, and no tokenizers" in said(f"critic.model.path={critic_copy}")
+
+
+def test_tokens_that_only_one_of_the_tokenizers_has(said, toy, critic_copy, tmp_path):  # noqa: F811
+    """Added to the actor's: the critic's model must have a row for them. Added to the critic's: nobody meets them."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "actor")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    actor = shutil.copytree(toy / "actor", tmp_path / "actor")
+    for folder in (actor, critic_copy):
+        tokenizer.save_pretrained(folder)
+        edit(folder / "config.json", vocab_size=320)
+    wide = shutil.copytree(toy / "critic", tmp_path / "wide")
+    edit(wide / "config.json", vocab_size=320)
+    message = said(f"actor_rollout_ref.model.path={actor}", f"critic.model.path={wide}")
+    assert "1 tokens of the actor, such as '<tool>', are not in the critic's tokenizer" in message
+    assert "tokenizer" not in said(f"critic.model.path={critic_copy}")
+    with pytest.raises(ValueError, match="vocab_size=259 and 320, so the critic has no row"):
+        said(f"actor_rollout_ref.model.path={actor}")
 
 
 def test_vision_language_actors(complete, toy, tmp_path, caplog, monkeypatch):  # noqa: F811

@@ -17,6 +17,7 @@ def test_a_folder_that_cannot_be_written_is_refused_if_something_is_saved(comple
     assert f"default_local_dir={tmp_path}/deep/below: {tmp_path} is a file or cannot be written" in message
     driver(complete(folder))
     driver(complete(folder, "trainer.save_freq=1", "trainer.nnodes=2"))
+    driver(complete(folder, "trainer.save_freq=1", "+ray_kwargs.ray_init.address=ray://elsewhere:10001"))
     assert not list(tmp_path.iterdir()), "nothing is made"
 
 
@@ -26,6 +27,9 @@ def test_prompts_of_plain_text_are_refused(complete, tmp_path, files):  # noqa: 
     pd.DataFrame({"prompt": ["1+1="]}).to_parquet(tmp_path / "text.parquet")
     assert "the prompts in column 'prompt' are plain text" in refusal(complete(f"{files}={tmp_path}/text.parquet"))
     driver(complete(f"{files}={tmp_path}/text.parquet", "data.prompt_key=question"))
+    driver(complete(f"{files}={tmp_path}/text.parquet", "actor_rollout_ref.rollout.agent.default_agent_loop=my_own"))
+    pd.DataFrame({"prompt": ["1+1="], "agent_name": ["my_own"]}).to_parquet(tmp_path / "own.parquet")
+    driver(complete(f"{files}={tmp_path}/own.parquet"))
 
 
 @pytest.fixture

@@ -9,16 +9,9 @@ from omegaconf import OmegaConf
 from test_bad_input import complete, data  # noqa: F401
 from verl.workers.config.optimizer import build_optimizer
 
-from asyppo_verl.config import AsyPPOConfig
 from asyppo_verl.critic_settings import critic_nodes, read_config
 from asyppo_verl.critic_worker import worker_config
 from asyppo_verl.preflight import prepare
-
-
-def test_defaults_are_the_papers():
-    config = AsyPPOConfig()
-    assert (config.num_critics, config.adv_mask_fraction, config.entropy_filter_fraction) == (2, 0.2, 0.2)
-    assert (config.critic_lam, config.shard, dict(config.critic_overrides)) == (1.0, "group", {})
 
 
 def test_prepare_points_verl_at_our_trainer(compose):

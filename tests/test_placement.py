@@ -42,7 +42,7 @@ def test_the_critics_get_their_gpus_in_every_mode(compose, mode, placement, subg
     assert manager.resource_pool_spec == expected
     assert manager.mapping[Role.Critic] == list(expected)[-1] and manager.mapping[Role.ActorRollout] == "global_pool"
     critics = workers[Role.Critic].__ray_actor_class__
-    assert critics.subgroups == subgroups and len(critics.specs) == 2 and not critics.compiles
+    assert critics.subgroups == subgroups and len(critics.workers) == 2 and not critics.compiles
     actor = workers[Role.ActorRollout].__ray_actor_class__.__name__
     assert actor == ("DetachActorWorker" if mode == "separate_async" else "ActorRolloutRefWorker")
 

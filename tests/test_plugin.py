@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from omegaconf import OmegaConf
 
 from asyppo_verl import doctor, hooks
@@ -116,21 +115,10 @@ def test_a_plugin_that_cannot_load_is_said_but_leaves_other_runs_alone(broken_wr
     assert run.returncode == 0 and "alive" in run.stdout and "plugin could not be loaded" in run.stderr
 
 
-def test_the_recipe_lists_every_option_with_its_default(root):
-    import dataclasses
-
-    from asyppo_verl.config import AsyPPOConfig
-
-    node = yaml.safe_load((root / "recipe/asyppo/config/asyppo_trainer.yaml").read_text())["asyppo"]
-    assert list(node) == [field.name for field in dataclasses.fields(AsyPPOConfig)]
-    assert AsyPPOConfig.from_node(node) == AsyPPOConfig()
-
-
 @pytest.mark.ray
 def test_the_doctor_finds_the_plugin_here_and_in_a_ray_worker():
-    run = python(["-m", "asyppo_verl.doctor", "trainer.n_gpus_per_node=1", "ray_kwargs.ray_init.num_cpus=12"])
+    run = python(["-m", "asyppo_verl.doctor"])
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "logical CPUs   12 needed: 3 GPUs of trainer x 3, 1 TransferQueue's controller, 8 " in run.stdout
     assert (
         "in this process: the plugin is active" in run.stdout and "in a Ray worker: the plugin is active" in run.stdout
     )
@@ -141,8 +129,8 @@ def test_the_doctor_finds_the_plugin_here_and_in_a_ray_worker():
 def diagnosis(monkeypatch, capsys):
     """The doctor's exit code and output in this process, without Ray."""
 
-    def ask(*overrides: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["doctor", *overrides])
+    def ask() -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["doctor"])
         monkeypatch.setattr(doctor, "_find_problems_in_ray", lambda: [])
         with pytest.raises(SystemExit) as end:
             doctor.main()
@@ -154,15 +142,6 @@ def diagnosis(monkeypatch, capsys):
 def test_the_doctor_answers_what_it_is_without_looking():
     run = python(["-m", "asyppo_verl.doctor", "--help"])
     assert run.returncode == 0 and "Exits with 1 and the fix" in run.stdout and "in this process:" not in run.stdout
-
-
-def test_the_doctor_counts_logical_cpus(diagnosis):
-    # Of its own, whatever cluster this machine has.
-    own = ["ray_kwargs.ray_init.num_cpus=12", "+ray_kwargs.ray_init.address=local"]
-    code, shown = diagnosis("trainer.n_gpus_per_node=2", *own)
-    assert code == 1 and "num_cpus=12 is below the 15 logical CPUs" in shown, shown
-    code, shown = diagnosis("trainer.n_gpus_per_node=1", *own)
-    assert code == 0, shown
 
 
 def test_the_doctor_names_the_fix(diagnosis, monkeypatch):

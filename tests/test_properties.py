@@ -14,12 +14,11 @@ from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
 from asyppo_verl import batch_io
-from asyppo_verl.asyppo import assign_shards, ensemble_value, keep_advantage, keep_entropy
+from asyppo_verl.asyppo import assign_shards
 from asyppo_verl.batch_io import Responses, session_of
 from asyppo_verl.config import AsyPPOConfig
 from asyppo_verl.critic_client import CriticClient
 from asyppo_verl.critic_worker import CRITIC_ID, RESPONSES, ShuffledResponses
-from asyppo_verl.order_statistics import count_of
 
 critics = st.integers(1, 8)
 ranks = st.integers(1, 8)
@@ -129,68 +128,13 @@ def test_shuffling_moves_responses_and_leaves_fillers_where_they_are(responses, 
         assert first != second, "every pass draws anew"
 
 
-@st.composite
-def batches(draw):
-    """Values of M critics on jagged rows with observation tokens; coarse values, so that ties are common."""
-    num_critics = draw(critics)
-    keys = [f"{index:02}" for index in range(draw(st.integers(1, 8)))]
-    seed = draw(st.integers(0, 2**16))
-    levels = draw(st.sampled_from([2, 5, 1000]))
-    generator = torch.Generator().manual_seed(seed)
-    rows = {}
-    for key in keys:
-        width = draw(st.integers(1, 9))
-        values_MT = torch.randint(0, levels, (num_critics, width), generator=generator) / levels
-        rows[key] = values_MT, torch.rand(width, generator=generator) < 0.8
-    return rows
-
-
-def select(rows, fraction_mask: float, fraction_filter: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What the trainer does with a batch: rows sorted by key, positions joined, the results given back row by row."""
-    keys = sorted(rows)
-    values_MN = torch.cat([rows[key][0] for key in keys], dim=1)
-    is_response_N = torch.cat([rows[key][1] for key in keys])
-    _, sigma_N = ensemble_value(values_MN)
-    widths = [len(rows[key][1]) for key in keys]
-    kept_N = keep_advantage(sigma_N, is_response_N, fraction=fraction_mask)
-    entropy_N = keep_entropy(sigma_N, is_response_N, fraction=fraction_filter)
-    return dict(zip(keys, zip(kept_N.split(widths), entropy_N.split(widths), strict=True), strict=True))
-
-
-@given(batches(), st.floats(0, 0.5), st.floats(0, 0.5), randoms)
-def test_selections_take_their_share_whatever_the_order_and_the_padding(rows, fraction_mask, fraction_filter, rng):
-    found = select(rows, fraction_mask, fraction_filter)
-    tokens = sum(int(is_response.sum()) for _, is_response in rows.values())
-    sigma = torch.cat([ensemble_value(values)[1][is_response] for values, is_response in rows.values()])
-    for index, fraction in ((0, fraction_mask), (1, fraction_filter)):
-        dropped = sum(int((~row[index]).sum()) for row in found.values())
-        assert dropped == (count_of(fraction, tokens) if sigma.any() else 0)
-        assert all(row[index][~rows[key][1]].all() for key, row in found.items()), "dropped what is no response token"
-
-    some = next(iter(rows.values()))[0]
-    padding = {f"pad{i}": (torch.full((len(some), 1), 1e9 * i), torch.zeros(1, dtype=torch.bool)) for i in range(3)}
-    shuffled = dict(rng.sample([*rows.items(), *padding.items()], len(rows) + 3))
-    again = select(shuffled, fraction_mask, fraction_filter)
-    assert all(torch.equal(again[key][index], found[key][index]) for key in found for index in (0, 1))
-
-
-@given(batches(), randoms)
-def test_the_order_of_the_critics_does_not_matter(rows, rng):
-    order = rng.sample(range(8), 8)
-    permuted = {
-        key: (values[[index for index in order if index < len(values)]], mask) for key, (values, mask) in rows.items()
-    }
-    found, again = select(rows, 0.3, 0.3), select(permuted, 0.3, 0.3)
-    assert all(torch.equal(again[key][index], found[key][index]) for key in found for index in (0, 1))
-
-
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 1000))
 def test_joined_is_the_inverse_of_padded(widths, seed):
     offsets = torch.tensor([0, *widths]).cumsum(0)
     field_N = torch.randn(sum(widths), generator=torch.Generator().manual_seed(seed))
     responses = Responses([str(index) for index in range(len(widths))], offsets, {"field": field_N})
     padded_BT = responses.padded(field_N)
-    assert len(padded_BT) == len(widths) and padded_BT.shape[1] >= max(widths)
+    assert padded_BT.shape == (len(widths), max(widths))
     assert torch.equal(responses.joined(padded_BT), field_N)
     for row, width in enumerate(widths):
         assert torch.equal(padded_BT[row, :width], field_N[offsets[row] : offsets[row] + width])

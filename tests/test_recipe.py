@@ -1,5 +1,6 @@
 """The recipe's scripts: every one is a valid verl configuration, and the same files train small models here."""
 
+import dataclasses
 import os
 import shutil
 import stat
@@ -250,6 +251,7 @@ def test_the_recipes_yaml_is_a_valid_configuration_with_the_defaults_of_the_plug
     lines += [f"{role}.strategy=fsdp2" for role in ("actor_rollout_ref.actor", "critic")]
     config = validated(lines, root / "recipe/asyppo/config/asyppo_trainer.yaml")
     assert read_config(config) == AsyPPOConfig()
+    assert list(config.asyppo) == [field.name for field in dataclasses.fields(AsyPPOConfig)]
 
 
 def test_the_recipe_folder_stands_on_its_own(root, toy, tmp_path):

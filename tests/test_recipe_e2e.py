@@ -100,7 +100,6 @@ def test_two_ray_nodes_under_slurm(root, toy, tmp_path):
         toy,
         **SMALL,
         PATH=f"{shims}:{os.environ['PATH']}",
-        PYTHONPATH=f"{root}/asyppo_verl/cpu/startup",
         VLLM_CPU_KVCACHE_SPACE="1",
         RAY_TMPDIR=str(ray_dir),
         RAY_PORT=str(free_port()),
@@ -142,7 +141,6 @@ def test_ray_job_submit(root, toy, tmp_path):
         **os.environ,
         "VERL_PLATFORM": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "PYTHONPATH": f"{root}/asyppo_verl/cpu/startup",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }

@@ -197,7 +197,12 @@ def tracker_says(text: str) -> Callable[[Path], None]:
 
 SPOILT = [
     ("a critic missing", lambda c: shutil.rmtree(c / "critic/critic_1"), [], ["critic", "missing ['critic_1']"]),
-    ("all critics missing", lambda c: shutil.rmtree(c / "critic"), [], ["critic", "missing ['critic_0', 'critic_1']"]),
+    (
+        "all critics missing",
+        lambda c: shutil.rmtree(c / "critic"),
+        [],
+        ["missing ['critic_0', 'critic_1']", "default_local_dir"],
+    ),
     (
         "a critic too many",
         lambda c: shutil.copytree(c / "critic/critic_1", c / "critic/critic_2"),

@@ -717,15 +717,6 @@ def test_the_estimator_is_restored_even_after_an_error(compose):
     assert trainer.config.algorithm.adv_estimator == "asyppo"
 
 
-def test_padded_rows_are_as_long_as_the_longest():
-    """Not as long as the whole batch, which would take rows x batch of memory; back and forth nothing is lost."""
-    field_N = torch.arange(1.0, 8.0)
-    responses = batch_io.Responses(["a", "b", "c"], torch.tensor([0, 3, 3, 7]), {"field": field_N})
-    expected = torch.tensor([[1.0, 2, 3, 0], [0, 0, 0, 0], [4, 5, 6, 7]])
-    assert torch.equal(responses.padded(field_N), expected)
-    assert torch.equal(responses.joined(expected), field_N)
-
-
 @pytest.mark.parametrize(("num_critics", "lam", "critic_lam"), [(1, 1.0, 1.0), (2, 1.0, 1.0), (3, 0.95, 0.9)])
 def test_the_one_page_method_is_the_trainers(compose, clean, num_critics, lam, critic_lam):
     """Same rewards and values: selections equal to the bit, advantages and targets but for the order of sums."""

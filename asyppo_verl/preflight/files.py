@@ -1,39 +1,34 @@
 """Data of the run: prompts that verl can read."""
 
 import os
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from asyppo_verl.critic_settings import Run
 
+LOOPS = ("single_turn_agent", "tool_agent")
+"""verl's own agent loops."""
+
 
 def check_prompts(run: Run) -> None:
     """Refuse prompts that are plain text, of which a chat template leaves nothing, without a word."""
-    from pyarrow import types
+    from pyarrow import ArrowException, parquet, types
 
-    key = run.config.data.prompt_key
-    for files in ("data.train_files", "data.val_files"):
-        for name, metadata in _parquet(run, files):
-            schema = metadata.schema.to_arrow_schema()
-            kind = schema.field(key).type if key in schema.names else None
+    key, agent = run.config.data.prompt_key, "actor_rollout_ref.rollout.agent"
+    is_own = run.get(f"{agent}.agent_loop_manager_class") or run.get(f"{agent}.default_agent_loop") not in LOOPS
+    if run.get("data.custom_cls.path") or is_own:
+        return  # what the user's own dataset and agent loop read, and how, is not known here
+    for setting in ("data.train_files", "data.val_files"):
+        files = run.get(setting)
+        for name in files if OmegaConf.is_list(files) else [files]:
+            try:
+                schema = parquet.read_schema(os.path.expanduser(name))
+            except (ArrowException, OSError, TypeError):
+                continue  # another format, another place, or not there, which verl says first of all
+            names = {*schema.names}
+            kind = schema.field(key).type if key in names and "agent_name" not in names else None
             if kind and (types.is_string(kind) or types.is_large_string(kind)):
                 raise ValueError(
-                    f"{files}={name}: the prompts in column {key!r} are plain text, and verl reads messages; make each "
+                    f"{setting}={name}: the prompts in column {key!r} are plain text, and verl reads messages; make each "
                     '[{"role": "user", "content": text}]'
                 )
-
-
-def _parquet(run: Run, key: str) -> list[tuple[str, Any]]:
-    """Names of the files that a key lists, and what stands in the last bytes of each; nothing if that is not known here."""
-    import pyarrow
-    from pyarrow import parquet
-
-    files: Any = run.get(key)
-    if run.get("data.custom_cls.path"):
-        return []  # what the user's own dataset reads, and how, is not known here
-    try:
-        names = [os.path.expanduser(file) for file in (files if OmegaConf.is_list(files) else [files])]
-        return [(name, parquet.read_metadata(name)) for name in names]
-    except (pyarrow.ArrowException, OSError, TypeError):
-        return []  # another format, another place, or not there, which verl says first of all

@@ -87,12 +87,13 @@ def check_sequence_parallel(run: Run) -> None:
             f"{asked} does not divide the {ranks} GPUs that a critic has ({ranks_key(run.asyppo)}); set one of "
             f"{_listed(_divisors(ranks))}"
         )
-    attention = run.get("critic.model.override_config.attn_implementation") or "flash_attention_2"
-    if size > 1 and "flash" not in attention:
-        raise ValueError(
-            f"{asked} with {run.key('critic.model.override_config.attn_implementation')}={attention!r}: every rank would "
-            "attend to its own part of a sequence only; remove one of the two settings"
-        )
+    override = run.get("critic.model.override_config") or {}
+    for key in ("attn_implementation", "_attn_implementation"):
+        if size > 1 and "flash" not in (override.get(key) or "flash_attention_2"):
+            raise ValueError(
+                f"{asked} with {run.key(f'critic.model.override_config.{key}')}={override[key]!r}: every rank would attend "
+                "to its own part of a sequence only; remove one of the two settings"
+            )
     if size > 1 and not run.get("critic.model.use_remove_padding"):
         raise ValueError(
             f"{asked} needs {run.key('critic.model.use_remove_padding')}=True: set it, or set the size to 1"
@@ -127,6 +128,16 @@ def needed_cpus(config: DictConfig) -> dict[str, int]:
     return {name: count for name, count in needed.items() if count}
 
 
+def ray_address(config: DictConfig) -> str | None:
+    """The Ray cluster that the run is told to join; None if it is not, "local" for one of its own."""
+    return OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
+
+
+def is_on_this_machine(config: DictConfig) -> bool:
+    """True if the trainer's workers, and so the files that they read and write, are on the driver's machine for certain."""
+    return config.trainer.nnodes == 1 and ray_address(config) in (None, "local")
+
+
 def check_cpus(run: Run) -> None:
     """Refuse a cluster of the run's own with so few logical CPUs that verl would wait for more for ever."""
     if missing := missing_cpus(run.config):
@@ -138,8 +149,7 @@ def missing_cpus(config: DictConfig) -> str:
 
     A cluster that exists already, as one of several nodes does, is not looked at: it knows its CPUs, and can grow.
     """
-    settings = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
-    address = settings.get("address") or os.environ.get("RAY_ADDRESS")
+    settings, address = OmegaConf.select(config, "ray_kwargs.ray_init") or {}, ray_address(config)
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     running = Path(folder, "ray", "ray_current_cluster")  # what Ray joins unless told
     is_own = address == "local" or (address is None and config.trainer.nnodes == 1 and not running.exists())

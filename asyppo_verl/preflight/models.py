@@ -39,7 +39,8 @@ def built(run: Run, key: str) -> Any:
         part = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else ""
         name = f"{key}.{part}" if part else key
         path = f", {run.key(f'{name}.path')}={run.get(f'{name}.path')}" if run.get(f"{name}.path") else ""
-        raise ValueError(f"{run.key(name)}{path}: verl cannot use these settings ({said}); correct them") from error
+        fix = "correct them" + (", or name another model, its folder or its name on the hub" if path else "")
+        raise ValueError(f"{run.key(name)}{path}: verl cannot use these settings ({said}); {fix}") from error
 
 
 def check_text_models(run: Run) -> Iterator[str]:
@@ -69,10 +70,16 @@ def check_vocabulary(run: Run) -> Iterator[str]:
     ids = _vocabulary(actor.tokenizer, actor.local_tokenizer_path)
     # A tokenizer from elsewhere says nothing about the weights.
     known = _vocabulary(critic.tokenizer, critic.local_path) if critic.tokenizer_path == critic.path else None
-    if ids is not None and known is not None and ids != known:
-        raise ValueError(
-            f"{names} have tokenizers with different vocabularies; take actor and critics from one model family"
-        )
+    if ids is not None and known is not None:
+        new = ids.keys() - known.keys()
+        if any(known.get(token, ids[token]) != ids[token] for token in ids) or {ids[token] for token in new} & {
+            *known.values()
+        }:
+            raise ValueError(
+                f"{names} have tokenizers with different vocabularies; take actor and critics from one model family"
+            )
+        if new:
+            yield f"{names}: {len(new)} tokens of the actor, such as {min(new)!r}, are not in the critic's tokenizer"
     sizes = [model.hf_config.get_text_config().vocab_size for model in (critic, actor)]
     # Families pad their embeddings differently; every id needs a row.
     if sizes[0] < (min(sizes[1], max(ids.values()) + 1) if ids else sizes[1]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from asyppo_verl import checkpoint
 from asyppo_verl.config import check_known
 from asyppo_verl.critic_settings import Run
-from asyppo_verl.preflight.gpus import critic_ranks
+from asyppo_verl.preflight.gpus import critic_ranks, is_on_this_machine
 
 CONTENTS = ("model", "optimizer", "extra", "hf_model")
 """What verl's checkpoints can hold."""
@@ -31,12 +31,12 @@ def check_contents(run: Run) -> Iterator[str]:
 
 
 def check_folder(run: Run) -> None:
-    """Refuse a folder for checkpoints that cannot be written; that of other nodes is not looked at."""
+    """Refuse a folder for checkpoints that cannot be written; that of other machines is not looked at."""
     trainer = run.config.trainer
     key, value = "trainer.default_local_dir", trainer.default_local_dir
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key}={value!r} must name the folder for checkpoints")
-    if trainer.nnodes > 1 or trainer.save_freq <= 0:
+    if not is_on_this_machine(run.config) or trainer.save_freq <= 0:
         return
     folder = Path(value).absolute()
     present = next(path for path in (folder, *folder.parents) if path.exists())
@@ -60,7 +60,7 @@ def resumed_checkpoint(run: Run) -> Path | None:
             raise ValueError(f"{error}, or start anew with trainer.resume_mode=disable") from error
         return None if last is None else root / f"global_step_{last}"
     step = Path(path).name.removeprefix("global_step_")
-    if not step.isdecimal() or not (Path(path).is_dir() or trainer.nnodes > 1):
+    if not step.isdecimal() or not (Path(path).is_dir() or not is_on_this_machine(run.config)):
         raise ValueError(
             f"trainer.resume_from_path={path} is not the folder of a checkpoint; name one called global_step_<n>, "
             "or resume from the last one with trainer.resume_mode=auto"
@@ -71,7 +71,7 @@ def resumed_checkpoint(run: Run) -> Path | None:
 def check_resume(run: Run) -> Iterator[str]:
     """Refuse to resume from a checkpoint that is incomplete, corrupt, of another run, or would be loaded without weights.
 
-    With several nodes a rank's files may be on its node only: each rank looks at its own (:mod:`asyppo_verl.critic_worker`),
+    On other machines a rank's files may be on its node only: each rank looks at its own (:mod:`asyppo_verl.critic_worker`),
     and here only what can be seen is.
     """
     trainer, asyppo, folder = run.config.trainer, run.asyppo, resumed_checkpoint(run)
@@ -79,7 +79,7 @@ def check_resume(run: Run) -> Iterator[str]:
         yield f"trainer.resume_from_path={trainer.resume_from_path} is ignored with trainer.resume_mode=auto"
     if folder is None:
         return
-    is_local = trainer.nnodes == 1 and (asyppo.pool.nnodes == 1 or not asyppo.critics_are_apart)
+    is_local = is_on_this_machine(run.config) and (asyppo.pool.nnodes == 1 or not asyppo.critics_are_apart)
     if is_local:
         checkpoint.check_critics(folder / "critic", asyppo.num_critics)
         if (position := folder / "data.pt").exists():

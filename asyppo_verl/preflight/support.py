@@ -66,6 +66,11 @@ def check_trainer(run: Run) -> Iterator[str]:
     for key, is_right, why in (
         ("trainer.use_v1", config.trainer.use_v1, "AsyPPO needs verl's V1 trainer; set it to True"),
         ("critic.enable", config.critic.enable in (None, True), "AsyPPO is PPO with critics; remove it, or use grpo"),
+        (
+            "critic._target_",
+            run.get("critic.fsdp._target_"),
+            "mini-critics run on FSDP; take critic=dp_critic, without what only another engine's critic has",
+        ),
         ("critic.strategy", config.critic.strategy in ("fsdp", "fsdp2"), "mini-critics run on FSDP; set fsdp or fsdp2"),
         (
             "asyppo.compile_critics",
@@ -99,10 +104,10 @@ def check_trainer(run: Run) -> Iterator[str]:
 def check_shards(run: Run) -> None:
     """Refuse groups with fewer responses than there are mini-critics, where groups are split."""
     asyppo, n = run.asyppo, run.config.actor_rollout_ref.rollout.n
-    if asyppo.shard == "group" and n < asyppo.num_critics:
+    if asyppo.shard == "group" and n < asyppo.num_critics and not run.get("trainer.val_only"):
         raise ValueError(
             f"actor_rollout_ref.rollout.n={n} is below asyppo.num_critics={asyppo.num_critics}: every mini-critic needs a "
-            "response of every prompt; raise n or lower num_critics"
+            "response of every prompt; raise n, lower num_critics, or deal out whole prompts with asyppo.shard=prompt"
         )
 
 

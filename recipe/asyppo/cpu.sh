@@ -6,8 +6,6 @@ RANKS=${RANKS:-1}
 export VERL_PLATFORM=cpu
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that spin while they wait take the cores from other processes
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-STARTUP=$("$PYTHON" -c 'import asyppo_verl.cpu as cpu; print(cpu.__path__[0] + "/startup")')
-export PYTHONPATH=$STARTUP${PYTHONPATH:+:$PYTHONPATH}
 
 FP32="{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
 CPU=(

@@ -16,7 +16,7 @@ import importlib
 import json
 import multiprocessing
 import os
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -98,52 +98,41 @@ def running(folder: str, environ: Mapping[str, str], log: IO[str]) -> Iterator[N
 
 
 def serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Fork for every request; returns, in each fork, the request and the files that came with it."""
-    selector = selectors.DefaultSelector()
-    selector.register(listener, selectors.EVENT_READ)
-    clients: dict[
-        int, tuple[int, socket.socket]
-    ] = {}  # of each fork: what becomes readable at its end, who asked for it
+    """Fork an attendant for every client; returns, in each process that is asked for, the request and the files with it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for an attendant
     while True:
-        for key, _ in selector.select():
-            if key.fileobj is listener:
-                client, _ = listener.accept()
-                _, files, _, _ = socket.recv_fds(client, 1, 253)
-                with client.makefile() as lines:
-                    line = lines.readline()
-                pid = None
-                with contextlib.suppress(OSError):  # too many processes: the client becomes python itself
-                    pid = os.fork() if line else None  # a client that was killed asks for nothing
-                if pid == 0:
-                    os.setpgid(0, 0)  # Ray ends a worker with all of its process group
-                    for end, other in clients.values():
-                        os.close(end)
-                        other.close()
-                    selector.close()
-                    listener.close()
-                    client.close()
-                    return json.loads(line), files
-                for file in files:
-                    os.close(file)
-                if pid is None:
-                    client.close()
-                    continue
-                end = os.pidfd_open(pid)
-                clients[pid] = end, client
-                for source in clients[pid]:
-                    selector.register(source, selectors.EVENT_READ, pid)
-                with contextlib.suppress(OSError):
-                    client.sendall(b"%d\n" % pid)
-            elif key.data in clients:
-                end, client = clients.pop(key.data)
-                if key.fileobj is client:  # which says nothing more: it has been killed
-                    os.kill(key.data, signal.SIGKILL)
-                code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
-                for source in (end, client):
-                    selector.unregister(source)
-                os.close(end)
-                with client, contextlib.suppress(OSError):  # it may be gone
-                    client.sendall(b"%d\n" % code)
+        client, _ = listener.accept()
+        pid = None
+        with contextlib.suppress(OSError):  # too many processes: the client becomes python itself
+            pid = os.fork()
+        if pid == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return attend(client)
+        client.close()
+
+
+def attend(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Fork what a client asks for, and see it through: say its number, end it with the client, say its exit code."""
+    with contextlib.suppress(OSError):  # the client is gone, or there are too many processes
+        _, files, _, _ = socket.recv_fds(client, 1, 253)
+        with client.makefile() as lines:
+            line = lines.readline()
+        if line and (pid := os.fork()) == 0:
+            os.setpgid(0, 0)  # Ray ends a worker with all of its process group
+            client.close()
+            return json.loads(line), files
+        if line:  # a client that was killed asks for nothing
+            for file in files:
+                os.close(file)
+            with contextlib.suppress(OSError):
+                client.sendall(b"%d\n" % pid)
+            ended, _, _ = select.select([client.fileno(), os.pidfd_open(pid)], [], [])
+            if client.fileno() in ended:  # which says nothing more: it was killed
+                os.kill(pid, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            client.sendall(b"%d\n" % code)
+    os._exit(0)
 
 
 def become(request: Mapping[str, Any], files: list[int]) -> None:

@@ -51,7 +51,6 @@ REWRITES: dict[str, Any] = {
     r"(?:[~\s]|(?<!\\)\\(?:[,;: ]|(?:left|right|[bB]ig[glr]*|\w+style|large|bf|underline|\w*square|q*uad)(?![a-z])))+": " ",  # 23
     r"^ *(?:\\text *)?\{([^{}]*)\} *$": r"\1",  # 8
     r"[(\[] *\\begin *\{array\} *\{[clr| ]*\}(.*?)\\end *\{array\} *[)\]]": r"\\begin{pmatrix}\1\\end{pmatrix}",  # 0
-    r"\\(begin|end) *\{bmatrix\}": r"\\\1{pmatrix}",  # 0
     r"\\\\ *\[[\d.]+ *[a-z]{2}\]": r"\\\\",  # 0
     r"\\([lr])angle(?![a-z])": lambda m: "()"[m[1] == "r"],  # 0
     r"(?<![\d,.(\[])(?<!\\\{)\d{1,3}(?:[, ]\d{3})+(?![\d,]| \d)": lambda m: re.sub(r"\D", "", m[0]),  # 4

@@ -4,7 +4,6 @@ Everything is made here in about a minute on two cores; nothing is downloaded. T
 until it solves about a third of the problems, so that reinforcement learning has something to improve.
 """
 
-import argparse
 import contextlib
 import json
 import random
@@ -173,20 +172,3 @@ def make(folder: Path, *, until: float = 0.35, max_steps: int = 3000, seed: int 
             tokenizer.save_pretrained(partial / name)
         write_data(partial, seed=seed)
         (partial / "made.json").write_text(json.dumps({"seed": seed, "start_accuracy": summary}, indent=2))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to write; kept as it is when already complete")
-    parser.add_argument("--until", type=float, default=0.35, help="accuracy at which the actor's supervised start ends")
-    parser.add_argument("--max-steps", type=int, default=3000, help="supervised steps at the most")
-    arguments = parser.parse_args()
-    if (arguments.folder / "made.json").exists():
-        print(f"the toy task is in {arguments.folder}")
-        return
-    make(arguments.folder, until=arguments.until, max_steps=arguments.max_steps)
-    print(f"made the toy task in {arguments.folder}")
-
-
-if __name__ == "__main__":
-    main()
