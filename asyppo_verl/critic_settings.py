@@ -86,18 +86,31 @@ def runs(config: DictConfig, asyppo: AsyPPOConfig) -> list[Run]:
     ]
 
 
-def settle(run: Run, apart: Sequence[Run]) -> None:
-    """Write beside critics' own settings, in place, those that verl's configuration derives from them by interpolation.
+def settle(views: Sequence[Run]) -> None:
+    """Write beside a critic's own settings, in place, what verl's configuration derives from them by interpolation.
 
     verl resolves the configuration before it builds the critics; what is derived would then be that of all critics.
     """
-    critic = run.config.critic
-    idle = {name for name, first in GOES_FIRST if critic.get(first) is not None}  # verl does not look at these
-    derived = [key for key in OVERRIDABLE if OmegaConf.is_interpolation(critic, key) and key not in idle]
-    if apart:
-        run.config.asyppo.critic_overrides = {
-            one.critics[0]: {key: one.config.critic[key] for key in derived} | dict(one.own) for one in apart
-        }
+    (run, *apart), overrides = views, {}
+    for critic in apart:
+        own, shared = (cast(dict, OmegaConf.to_container(c.config.critic, resolve=True)) for c in (critic, run))
+        idle = {name for name, first in GOES_FIRST if own.get(first) is not None}  # verl does not look at these
+        derived = {k: v for k, v in _changed(own, shared).items() if k in OVERRIDABLE and k not in idle}
+        overrides[critic.critics[0]] = OmegaConf.merge(derived, critic.own)
+    if overrides:
+        run.config.asyppo.critic_overrides = overrides
+
+
+def _changed(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``own`` that ``shared`` lacks, or has otherwise."""
+    found = {}
+    for name, value in own.items():
+        other = shared.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            value = _changed(value, other) or other
+        if name not in shared or value != other:
+            found[name] = value
+    return found
 
 
 def critic_nodes(config: DictConfig, asyppo: AsyPPOConfig) -> list[DictConfig]:
@@ -141,7 +154,7 @@ def _check_names(own: Mapping[str, Any], node: DictConfig, index: int, path: str
                 f"asyppo.critic_overrides.{index}.{name} cannot be set for a single critic{nearest(str(key), names)}; "
                 f"a critic may have its own {', '.join(names)}"
             )
-        if OmegaConf.is_dict(inner := node.get(key)) and name not in OPEN:
+        if OmegaConf.is_dict(inner := node.get(key)) and name not in OPEN and (value is not None or not path):
             if not isinstance(value, Mapping):
                 raise ValueError(
                     f"asyppo.critic_overrides.{index}.{name}={value!r} must be a mapping of {', '.join(inner)}"

@@ -91,7 +91,7 @@ def worker_config(node: DictConfig) -> TrainingWorkerConfig:
 
 
 def ensemble_worker_class(
-    workers: Sequence[TrainingWorkerConfig], *, head_seed: int = 0, split: bool = False, compiles: bool = False
+    workers: Sequence[TrainingWorkerConfig], *, head_seed: int, split: bool = False, compiles: bool = False
 ) -> type["MiniCriticEnsembleWorker"]:
     """A worker class that carries its settings: verl hands a critic worker one configuration, and we need M.
 

@@ -140,7 +140,7 @@ SETTINGS = [
     ),
     (
         "data.max_prompt_length=16 data.max_response_length=16 critic.ppo_max_token_len_per_gpu=100",
-        ["critic.ppo_max_token_len_per_gpu=100", "128 for fillers", "raise it to 128"],
+        ["critic.ppo_max_token_len_per_gpu=100", "verl's padding rows", "raise it to 128"],
     ),
     (
         "critic=megatron_critic",
@@ -152,6 +152,7 @@ SETTINGS = [
     ("trainer.v1.trainer_mode=synch", ["trainer.v1.trainer_mode='synch'", "did you mean sync?"]),
     ("trainer.v1.trainer_mode=null", ["trainer.v1.trainer_mode='None'", "sync"]),
     ("critic.enable=False", ["critic.enable=False", "use grpo"]),
+    ("actor_rollout_ref.rollout.response_length=null", ["rollout.response_length=None", "whole number"]),
     ("critic.strategy=megatron", ["critic.strategy='megatron'", "fsdp2"]),
     ("critic.strategy=null", ["critic.strategy=None", "fsdp2"]),
     ("distillation.enabled=True", ["distillation.enabled=True", "set it to False"]),

@@ -36,6 +36,9 @@ LEGAL = [
     "critic.ppo_max_token_len_per_gpu=1024",
     "data.max_response_length=40000 actor_rollout_ref.rollout.response_length=512",
     "data.max_prompt_length=16 data.max_response_length=16 critic.ppo_max_token_len_per_gpu=32 +asyppo.num_critics=1",
+    "data.max_prompt_length=16 data.max_response_length=16 critic.ppo_max_token_len_per_gpu=128 "
+    "critic.forward_max_token_len_per_gpu=32",
+    "+asyppo.critic_overrides.1.fsdp.wrap_policy=null",
     "actor_rollout_ref.rollout.n=1 trainer.val_only=True",
     "actor_rollout_ref.rollout.n=1 +asyppo.shard=prompt",
     "actor_rollout_ref.rollout.n=5 critic.ppo_mini_batch_size=8",

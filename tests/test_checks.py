@@ -207,9 +207,10 @@ def test_settings_that_verl_does_not_read_are_said(said):
     assert "reward_model.model is not read by verl any more" in said("reward_model.model.path=my")
     bypass = ["algorithm.rollout_correction.bypass_mode=True", "algorithm.rollout_correction.rollout_rs=seq_mean_k1"]
     assert "rollout_correction.rollout_rs=seq_mean_k1 is not read by verl with bypass_mode=True" in said(*bypass)
-    assert "not read" not in said(*bypass[1:]) + said(
-        *bypass, "actor_rollout_ref.actor.policy_loss.loss_mode=bypass_mode"
-    )
+    loss = "actor_rollout_ref.actor.policy_loss"
+    assert "rollout_correction.rollout_rs=seq_mean_k1 is not read" in said(*bypass, f"{loss}.loss_mode=bypass_mode")
+    assert "not read" not in said(*bypass[1:]) + said(*bypass, f"+{loss}.rollout_correction.rollout_rs=seq_mean_k1")
+    assert "not read" not in said("reward_model=null")
 
 
 def test_one_critic_with_a_lambda_of_its_own_is_said_to_be_no_ppo(said):

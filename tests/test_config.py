@@ -115,6 +115,7 @@ def test_what_verl_derives_from_a_critics_own_setting_is_that_critics_when_verl_
         "+asyppo.num_critics=4",
         "critic.use_dynamic_bsz=True",
         "critic.ppo_max_token_len_per_gpu=4000",
+        "critic.optim.min_lr_ratio=${critic.optim.lr}",
         *(f"+asyppo.critic_overrides.{index}={settings}" for index, settings in own.items()),
         "+asyppo.critic_overrides.3.forward_max_token_len_per_gpu=7000",
     )
@@ -125,6 +126,7 @@ def test_what_verl_derives_from_a_critics_own_setting_is_that_critics_when_verl_
     assert [{**OmegaConf.to_container(node), "enable": None} for node in found] == expected
     assert [node.forward_max_token_len_per_gpu for node in found] == [4000, 4000, 5000, 7000]
     assert [node.forward_micro_batch_size_per_gpu for node in found] == [None, 4, None, None]
+    assert [node.optim.min_lr_ratio for node in found] == [1, 1e-5, 1e-5, 1e-5]
 
 
 def test_what_is_set_for_all_under_another_name_stays_when_verl_has_resolved_its_configuration(complete):  # noqa: F811

@@ -83,6 +83,10 @@ class ProbedWorker(MiniCriticEnsembleWorker):
             other.copy_(head + distance * (other - head))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def set_head_seed(self, seed: int) -> None:
+        self.head_seed = seed
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_batching(self, **engine: object) -> None:
         for critic in self.critics.values():
             for key, value in engine.items():
@@ -230,6 +234,12 @@ def test_heads_differ_between_critics_and_agree_between_ranks_and_runs(pair):
     assert not torch.equal(first_rank[0][head], first_rank[1][head]), "the critics have the same head"
     bodies = [{name: value for name, value in w.items() if "score" not in name} for w in first_rank]
     assert same(*bodies), "the critics do not start from the same checkpoint"
+    pair.set_head_seed(1001)
+    pair.reset()
+    assert same(pair.weights()[0][0], first_rank[1]), (
+        "the first critic's seed is not head_seed, the second's not the next"
+    )
+    pair.set_head_seed(1000)
     pair.reset()
     assert all(same(a, b) for a, b in zip(first_rank, pair.weights()[0], strict=True)), "the seed does not fix the head"
 

@@ -33,7 +33,9 @@ def test_the_critics_get_their_gpus_in_every_mode(compose, mode, placement, subg
     pool = [] if placement == "colocated" else ["+asyppo.pool.n_gpus_per_node=4", "+asyppo.pool.nnodes=2"]
     cls = get_trainer_cls(f"asyppo_{mode}")
     trainer = cls.__new__(cls)
-    trainer.config = compose("trainer.n_gpus_per_node=8", f"+asyppo.placement={placement}", *pool)
+    trainer.config = compose(
+        "trainer.n_gpus_per_node=8", f"+asyppo.placement={placement}", "+asyppo.head_seed=7", *pool
+    )
     trainer.asyppo = prepare(trainer.config)
     trainer._init_resource_pool_mgr()
 
@@ -43,6 +45,7 @@ def test_the_critics_get_their_gpus_in_every_mode(compose, mode, placement, subg
     assert manager.mapping[Role.Critic] == list(expected)[-1] and manager.mapping[Role.ActorRollout] == "global_pool"
     critics = workers[Role.Critic].__ray_actor_class__
     assert critics.subgroups == subgroups and len(critics.workers) == 2 and not critics.compiles
+    assert critics.head_seed == 7
     actor = workers[Role.ActorRollout].__ray_actor_class__.__name__
     assert actor == ("DetachActorWorker" if mode == "separate_async" else "ActorRolloutRefWorker")
 

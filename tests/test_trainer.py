@@ -665,7 +665,7 @@ def test_who_works_when(compose, clean, overrides, expected):
 
 def test_ray_keeps_the_calls_of_critics_apart_in_order():
     """It does for workers without async methods, and all ranks must come to the critics in one order."""
-    assert not has_async_methods(ensemble_worker_class([]))
+    assert not has_async_methods(ensemble_worker_class([], head_seed=0))
     assert has_async_methods(ActorRolloutRefWorker)  # so not for critics on the actor's workers
 
 

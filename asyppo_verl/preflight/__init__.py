@@ -71,7 +71,7 @@ def prepare(config: DictConfig) -> AsyPPOConfig:
         logger.warning(notice)
 
     with open_dict(config):
-        settle(views[0], views[1:])
+        settle(views)
         config.critic.enable = True
         actor = config.actor_rollout_ref.actor
         if actor.strategy != "megatron":

@@ -11,13 +11,16 @@ LOOPS = ("single_turn_agent", "tool_agent")
 
 
 def check_prompts(run: Run) -> None:
-    """Refuse prompts that are plain text, of which a chat template leaves nothing, without a word."""
+    """Refuse prompts that are plain text, of which a chat template leaves nothing, without a word.
+
+    Nothing is said where the user's own code may read them: a dataset, an agent loop, or those that an ``agent_name`` names.
+    """
     from pyarrow import ArrowException, parquet, types
 
     key, agent = run.config.data.prompt_key, "actor_rollout_ref.rollout.agent"
     is_own = run.get(f"{agent}.agent_loop_manager_class") or run.get(f"{agent}.default_agent_loop") not in LOOPS
     if run.get("data.custom_cls.path") or is_own:
-        return  # what the user's own dataset and agent loop read, and how, is not known here
+        return
     for setting in ("data.train_files", "data.val_files"):
         files = run.get(setting)
         for name in files if OmegaConf.is_list(files) else [files]:

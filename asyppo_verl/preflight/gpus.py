@@ -134,7 +134,7 @@ def ray_address(config: DictConfig) -> str | None:
 
 
 def is_on_this_machine(config: DictConfig) -> bool:
-    """True if the trainer's workers, and so the files that they read and write, are on the driver's machine for certain."""
+    """True if the run is told of no other machine, so that its workers read and write the driver's files."""
     return config.trainer.nnodes == 1 and ray_address(config) in (None, "local")
 
 

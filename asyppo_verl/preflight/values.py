@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN
 
 from asyppo_verl.critic_settings import Run
 from asyppo_verl.preflight.gpus import critic_ranks, ranks_key
@@ -39,6 +38,8 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data.max_prompt_length": COUNT,
     "data.max_response_length": COUNT,
     "actor_rollout_ref.rollout.n": COUNT,
+    "actor_rollout_ref.rollout.prompt_length": COUNT,
+    "actor_rollout_ref.rollout.response_length": COUNT,
     "actor_rollout_ref.actor.ppo_mini_batch_size": COUNT,
     "actor_rollout_ref.actor.ppo_epochs": COUNT,
     "actor_rollout_ref.actor.optim.clip_grad": CLIP,
@@ -68,8 +69,8 @@ IGNORED = {
 MOVED = ("custom_reward_function", "reward_model", "sandbox_fusion")
 """Nodes of verl that stand below ``reward`` now, and are read there only."""
 
-BYPASSED = ("rollout_is", "rollout_rs", "loss_type")
-"""Settings of ``algorithm.rollout_correction`` that verl's V1 trainer does not hand to the loss in bypass mode."""
+CORRECTION, LOSS = "algorithm.rollout_correction", "actor_rollout_ref.actor.policy_loss"
+"""In bypass mode verl's V1 trainer reads the second's ``rollout_correction`` in place of the first."""
 
 SAMPLING = {
     "temperature": ("must be a number of 0 or more", lambda value: is_number(value) and 0 <= value < math.inf),
@@ -106,18 +107,17 @@ def check_ignored(run: Run) -> Iterator[str]:
         if given != default and given != run.get(instead):
             yield f"{key}={given} is not read by verl; set {instead}"
     for node in MOVED:
-        for key in (
-            key for key, default in default_config()[node].items() if (run.get(node) or {}).get(key) != default
-        ):
-            yield f"{node}.{key} is not read by verl any more; its settings stand below reward, such as reward.{node}"
-    correction, loss = "algorithm.rollout_correction", "actor_rollout_ref.actor.policy_loss"
-    if run.get(f"{correction}.bypass_mode") and run.get(f"{loss}.loss_mode") != "bypass_mode":
-        for key in BYPASSED:
-            if (given := run.get(f"{correction}.{key}")) != default_config()["algorithm"]["rollout_correction"][key]:
-                yield (
-                    f"{correction}.{key}={given} is not read by verl with bypass_mode=True; set {loss}.loss_mode=bypass_mode and "
-                    f"+{loss}.rollout_correction.{key}={given}"
-                )
+        for key, value in (run.get(node) or {}).items():
+            if value != default_config()[node].get(key):
+                yield f"{node}.{key} is not read by verl any more; what replaces it stands below reward"
+    bypasses = run.get(f"{CORRECTION}.bypass_mode")
+    for key, default in default_config()["algorithm"]["rollout_correction"].items() if bypasses else ():
+        given = run.get(f"{CORRECTION}.{key}")
+        if key != "bypass_mode" and given not in (default, run.get(f"{LOSS}.rollout_correction.{key}")):
+            yield (
+                f"{CORRECTION}.{key}={given} is not read by verl with bypass_mode=True; set {LOSS}.loss_mode=bypass_mode and "
+                f"+{LOSS}.rollout_correction.{key}={given}"
+            )
     lam, asyppo = run.config.algorithm.lam, run.asyppo
     if asyppo.num_critics == 1 and asyppo.critic_lam != lam:
         yield (
@@ -151,7 +151,7 @@ def check_values(run: Run) -> Iterator[str]:
     for optim in ("actor_rollout_ref.actor.optim", "critic.optim"):
         if run.get(f"{optim}.grad_clip") is not None:  # its former name, which verl lets win
             rules[f"{optim}.grad_clip"] = rules.pop(f"{optim}.clip_grad")
-    if run.config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2"):
+    if run.config.actor_rollout_ref.actor.strategy == "megatron":
         rules.pop("actor_rollout_ref.actor.optim.clip_grad", None)  # 0 is no bound there
     rollout = "actor_rollout_ref.rollout"
     validates = run.get("trainer.val_before_train") or (run.get("trainer.test_freq") or 0) > 0
@@ -199,14 +199,16 @@ def check_batches(run: Run) -> None:
 
 def _check_tokens(run: Run) -> None:
     """verl stops at the first row that does not fit, which may come after hours."""
+    from verl.trainer.ppo import padding_utils
+
     critic, rollout = run.config.critic, run.config.actor_rollout_ref.rollout
-    # Several critics' training calls are filled up with rows of verl's own length.
-    filler = SYNTHETIC_PADDING_SEQ_LEN if run.asyppo.num_critics > 1 else 0
-    longest = max(rollout.prompt_length + rollout.response_length, filler)
+    # Several critics' training calls are filled up with verl's padding rows, in verl 0.9.0 of two tokens.
+    filler = getattr(padding_utils, "SYNTHETIC_PADDING_SEQ_LEN", 2) if run.asyppo.num_critics > 1 else 0
     infer = "ppo_infer_max_token_len_per_gpu"  # not in verl's node, but goes first where it has been added
     for key in ("ppo_max_token_len_per_gpu", infer if critic.get(infer) else "forward_max_token_len_per_gpu"):
+        longest = max(rollout.prompt_length + rollout.response_length, filler if key.startswith("ppo_max") else 0)
         if not is_count(critic[key]) or critic[key] * critic.fsdp.ulysses_sequence_parallel_size < longest:
             raise ValueError(
-                f"{run.key(f'critic.{key}')}={critic[key]!r} must have room for a row of {longest} tokens, which is rollout."
-                f"prompt_length + rollout.response_length, {filler} for fillers at least; raise it to {longest} or more"
+                f"{run.key(f'critic.{key}')}={critic[key]!r} must have room for a row of rollout.prompt_length + "
+                f"rollout.response_length tokens, and for verl's padding rows; raise it to {longest} or more"
             )

@@ -98,10 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.list:
         print("\n".join(report.progress(store, seeds)))
     elif options.rows == ["report"]:
-        if options.seeds < 2 or not store.done:
-            parser.error(
-                f"a report needs --seeds of 2 or more, for its intervals, and runs in --folder {options.folder}"
-            )
+        if min(options.seeds, options.fresh_seeds) < 2 or not store.done:
+            parser.error(f"a report needs two or more seeds of both kinds, and runs in --folder {options.folder}")
         report.write(store, seeds, options.out)
     for row in options.rows if options.rows != ["report"] else []:
         try:
