@@ -2,11 +2,10 @@
 
 import contextlib
 import gzip
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
+import clusters
 import pytest
 import ray
 import torch
@@ -95,12 +94,8 @@ class ProbedWorker(MiniCriticEnsembleWorker):
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    # A short path, since Ray's sockets live below it.
-    with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        ray.init(address="local", num_cpus=48, num_gpus=16, include_dashboard=False, _temp_dir=folder)
+    with clusters.started(__name__):
         yield
-        ray.shutdown()
 
 
 def start(compose, ranks: int, *overrides: str, subgroups: int = 1, worker: type = ProbedWorker) -> RayWorkerGroup:

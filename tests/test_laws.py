@@ -4,10 +4,9 @@ Law 5: a masked token gets exactly no policy gradient, a filtered one exactly no
 Law 6: a critic's gradient is that of the loss written down by hand, however rows are cut, padded, packed and dealt out.
 """
 
-import sys
-import tempfile
 from functools import partial
 
+import clusters
 import pytest
 import ray
 import torch
@@ -34,13 +33,8 @@ ROW = "row"
 
 @pytest.fixture(scope="module")
 def cluster():
-    for module in ("test_critics", __name__):
-        ray.cloudpickle.register_pickle_by_value(sys.modules[module])
-    with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        # Logical ones: what a group of ranks was given stays given when its processes have ended.
-        ray.init(address="local", num_cpus=96, num_gpus=32, include_dashboard=False, _temp_dir=folder)
+    with clusters.started("test_critics", __name__):
         yield
-        ray.shutdown()
 
 
 # -- law 6 ---------------------------------------------------------------------------------------------------------

@@ -5,18 +5,14 @@ real critic workers.
 """
 
 import math
-import sys
-import tempfile
 from typing import Any
 
+import clusters
 import pytest
 import ray
 import test_critics
 import torch
 import transfer_queue as tq
-from hydra import compose as hydra_compose
-from hydra import initialize_config_module
-from omegaconf import open_dict
 from tensordict import TensorDict
 from test_trainer import (
     RAGGED,
@@ -38,18 +34,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """Ray with logical GPUs and a TransferQueue that its workers can reach."""
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = hydra_compose("ppo_trainer", ["transfer_queue.backend.SimpleStorage.num_data_storage_units=1"])
-    with open_dict(config):
-        config.transfer_queue.enable = True
-    ray.cloudpickle.register_pickle_by_value(sys.modules["test_critics"])
-    with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        ray.init(address="local", num_cpus=32, num_gpus=8, include_dashboard=False, _temp_dir=folder)
-        tq.init(config.transfer_queue)
+    with clusters.started("test_critics", queue=True):
         yield
-        tq.close()
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

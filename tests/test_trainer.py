@@ -5,16 +5,14 @@ Only the critics' answers are forced, since the point is what the driver does wi
 
 import contextlib
 import math
-import tempfile
 from collections import Counter
 from types import SimpleNamespace
 
+import clusters
 import pandas
 import pytest
-import ray
 import torch
 import transfer_queue as tq
-from omegaconf import open_dict
 from ray._private.async_compat import has_async_methods
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
@@ -39,20 +37,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module", autouse=True)
 def transfer_queue():
-    from hydra import compose, initialize_config_module
-
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose(
-            "ppo_trainer", ["transfer_queue.backend.SimpleStorage.num_data_storage_units=1"]
-        ).transfer_queue
-    with open_dict(config):
-        config.enable = True
-    with tempfile.TemporaryDirectory(prefix="asyppo-ray-") as folder:
-        ray.init(address="local", num_cpus=16, include_dashboard=False, _temp_dir=folder)
-        tq.init(config)
+    with clusters.started(queue=True):
         yield
-        tq.close()
-        ray.shutdown()
 
 
 class ForcedCritics:
