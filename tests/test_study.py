@@ -286,11 +286,11 @@ def test_rows_resume_and_report(study, capsys):
     assert "masks-plain        11 of 11 runs" in capsys.readouterr().out
     run("report")
     text = (folder / "tables.md").read_text()
-    assert (folder / "curves.png").stat().st_size > 0
+    assert all((folder / name).stat().st_size > 0 for name in ("curves.png", "fresh.png"))
     assert (
         "| asyppo | " in text
         and "| mask alone | " in text
-        and "| before, lam=0 | " in text
+        and "| critics first, lam=0 | " in text
         and "shares but for k=0.2 h=0.2, k=0.0 h=0.0" in text
     )
     run("report")

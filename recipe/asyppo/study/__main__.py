@@ -1,7 +1,7 @@
 """``python -m recipe.asyppo.study ROW ...``: run rows of the study, as many runs at once as a stack holds.
 
 A run that is done is not run again; Ctrl-C or ``--seconds`` lose only the stack in progress.
-``--list`` shows the rows and how far they are; ``report`` in place of a row writes tables and a plot into docs/study.
+``--list`` shows the rows and how far they are; ``report`` in place of a row writes tables and plots into docs/study.
 """
 
 import argparse
@@ -84,9 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/study"), help="where report writes tables.md and curves.png"
-    )
+    parser.add_argument("--out", type=Path, default=Path("docs/study"), help="where report writes")
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
     main, tuning, fresh = options.seeds, options.tuning_seeds, options.fresh_seeds

@@ -1,4 +1,4 @@
-"""Tables and a plot of the study, from its finished runs."""
+"""Tables and plots of the study, from its finished runs."""
 
 import json
 from collections import Counter
@@ -109,20 +109,19 @@ def ablation(store: Store, task: str, seeds: Seeds, name: str) -> tuple[str | No
     )
 
 
-def fresh(store: Store, task: str, seeds: Seeds) -> tuple[str | None, str]:
-    """What was run again on fresh tables, seed by seed against GRPO on the same table."""
+def fresh(store: Store, task: str, seeds: Seeds) -> dict[str, list[TaskRun]]:
+    """What is run again on fresh tables, GRPO first; nothing before the learning rates are known."""
     tuned = [run for algorithm in rows.TO_CONFIRM if (run := rows.best(store, task, algorithm, seeds))]
     if len(tuned) < len(rows.TO_CONFIRM):
-        return None, "fresh"
-    variants = rows.confirmation(*tuned)
-    return variants_table(store, "fresh", {name: on_fresh_tables(task, [run], seeds) for name, run in variants.items()})
+        return {}
+    return {name: on_fresh_tables(task, [run], seeds) for name, run in rows.confirmation(*tuned).items()}
 
 
 def variants_table(store: Store, name: str, variants: Mapping[str, Sequence[TaskRun]]) -> tuple[str | None, str]:
     """The variants that have run, against the first, and what is missing; no table of fewer than two."""
     scores = {variant: store.scores(runs) for variant, runs in variants.items()}
-    first, *others = scores.values()
     there = {variant: numbers for variant, numbers in scores.items() if numbers is not None}
+    first, *others = scores.values() or [None]
     if first is None or len(there) < 2:
         return None, name
     body = [
@@ -162,6 +161,30 @@ def plot(store: Store, seeds: Seeds, path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+def plot_fresh(store: Store, seeds: Seeds, path: Path) -> None:
+    """Score less GRPO's on fresh tables, with 95 % intervals, of the tasks for which all of it has run."""
+    import matplotlib.pyplot as plt
+
+    scores = {
+        task: {name: store.scores(runs) for name, runs in fresh(store, task, seeds).items()}
+        for task in TASKS
+        if has_runs(store, task)
+    }
+    scores = {task: of_task for task, of_task in scores.items() if of_task and all(of_task.values())}
+    figure, axis = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    names = [name for name in next(iter(scores.values()), {}) if name != "grpo"]
+    for index, name in enumerate(names):
+        found = [interval(differences(of_task[name], of_task["grpo"]) or []) for of_task in scores.values()]
+        means, halves = zip(*found, strict=True)
+        places = [place + 0.13 * (index - (len(names) - 1) / 2) for place in range(len(scores))]
+        axis.errorbar(places, means, yerr=halves, fmt="o", capsize=3, label=name)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set_xticks(range(len(scores)), scores)
+    axis.set_ylabel("score less GRPO's")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=80)
+
+
 def has_runs(store: Store, task: str) -> bool:
     return any(json.loads(key)[0] == task for key in store.done)
 
@@ -175,7 +198,8 @@ def results(store: Store, seeds: Seeds) -> str:
             parts += ["Not run."]
             continue
         parts += [comparison(store, task, seeds), "Score by actor learning rate:", by_learning_rate(store, task, seeds)]
-        found = [*(ablation(store, task, seeds, name) for name in ABLATIONS), fresh(store, task, seeds)]
+        found = [ablation(store, task, seeds, name) for name in ABLATIONS]
+        found.append(variants_table(store, "fresh", fresh(store, task, seeds)))
         tables, missing = zip(*found, strict=True)
         parts += filter(None, tables)
         parts += [f"Not run on this task: {'; '.join(filter(None, missing))}."] if any(missing) else []
@@ -185,7 +209,8 @@ def results(store: Store, seeds: Seeds) -> str:
 
 
 def write(store: Store, seeds: Seeds, folder: Path) -> None:
-    """``tables.md`` and ``curves.png``."""
+    """``tables.md``, ``curves.png`` and ``fresh.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     plot(store, seeds, folder / "curves.png")
+    plot_fresh(store, seeds, folder / "fresh.png")
     (folder / "tables.md").write_text(f"{HEAD}\n\n{results(store, seeds)}\n")

@@ -159,9 +159,9 @@ def confirmation(grpo: Run, small: Run, run: Run) -> dict[str, Run]:
         "grpo": grpo,
         "one small critic": small,
         "asyppo": run,
-        "masks off": bare,
-        "before, lam=0": replace(bare, update_first=True, lam=0.0),
-        "before, adaptive lam": replace(bare, update_first=True, adaptive_lam=True),
+        "asyppo, masks off": bare,
+        "critics first, lam=0": replace(bare, update_first=True, lam=0.0),
+        "critics first, adaptive lam": replace(bare, update_first=True, adaptive_lam=True),
     }
 
 
