@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,20 +60,22 @@ def _write_step(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _kill() -> None:
-    """Again until none is left, since some have just been forked; the raylet at last, without which this process would end."""
-    session = int((FOLDER / "session").read_text())
+    """Stop all, again until none is left, since some have just been forked; then kill: none of them sees another one end.
 
-    def others(with_raylet: bool) -> list[int]:
-        found = {process: command for process, command in of_session(session).items() if process != os.getpid()}
-        return [
-            process for process, command in found.items() if with_raylet or "raylet/raylet" not in command.split(" ")[0]
-        ]
+    The raylet is the last before this process, which would end with it.
+    """
+    session, stopped = int((FOLDER / "session").read_text()), {os.getpid(): ""}
 
-    for with_raylet in (False, True):
-        while found := others(with_raylet):
-            for process in found:
-                with contextlib.suppress(ProcessLookupError):  # ended with another one
-                    os.kill(process, signal.SIGKILL)
+    def send(number: int, processes: Iterable[int]) -> None:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, number)
+
+    while new := {process: command for process, command in of_session(session).items() if process not in stopped}:
+        send(signal.SIGSTOP, new)
+        stopped |= new
+    del stopped[os.getpid()]
+    send(signal.SIGKILL, sorted(stopped, key=lambda process: "raylet/raylet" in stopped[process].split(" ")[0]))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
