@@ -152,6 +152,11 @@ SETTINGS = [
     ("trainer.v1.trainer_mode=synch", ["trainer.v1.trainer_mode='synch'", "did you mean sync?"]),
     ("trainer.v1.trainer_mode=null", ["trainer.v1.trainer_mode='None'", "sync"]),
     ("critic.enable=False", ["critic.enable=False", "use grpo"]),
+    (
+        "data.max_prompt_length=16 data.max_response_length=16 data.train_batch_size=12 critic.ppo_max_token_len_per_gpu=200 "
+        "critic.forward_max_token_len_per_gpu=64",
+        ["critic.forward_max_token_len_per_gpu=64", "verl's padding rows", "raise it to 128"],
+    ),
     ("actor_rollout_ref.rollout.response_length=null", ["rollout.response_length=None", "whole number"]),
     ("critic.strategy=megatron", ["critic.strategy='megatron'", "fsdp2"]),
     ("critic.strategy=null", ["critic.strategy=None", "fsdp2"]),

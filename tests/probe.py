@@ -62,7 +62,7 @@ def _write_step(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
 def _kill() -> None:
     """Stop all, again until none is left, since some have just been forked; then kill: none of them sees another one end.
 
-    The raylet is the last before this process, which would end with it.
+    Children go first: a stopped one whose parent has gone is woken by the kernel, with SIGHUP.
     """
     session, stopped = int((FOLDER / "session").read_text()), {os.getpid(): ""}
 
@@ -75,7 +75,7 @@ def _kill() -> None:
         send(signal.SIGSTOP, new)
         stopped |= new
     del stopped[os.getpid()]
-    send(signal.SIGKILL, sorted(stopped, key=lambda process: "raylet/raylet" in stopped[process].split(" ")[0]))
+    send(signal.SIGKILL, sorted(stopped, reverse=True))
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -209,7 +209,10 @@ def test_settings_that_verl_does_not_read_are_said(said):
     assert "rollout_correction.rollout_rs=seq_mean_k1 is not read by verl with bypass_mode=True" in said(*bypass)
     loss = "actor_rollout_ref.actor.policy_loss"
     assert "rollout_correction.rollout_rs=seq_mean_k1 is not read" in said(*bypass, f"{loss}.loss_mode=bypass_mode")
-    assert "not read" not in said(*bypass[1:]) + said(*bypass, f"+{loss}.rollout_correction.rollout_rs=seq_mean_k1")
+    assert "not read" not in said(*bypass[1:]) + said(
+        *bypass, f"+{loss}.rollout_correction.rollout_rs=seq_mean_k1", f"{loss}.loss_mode=bypass_mode"
+    )
+    assert "is not read" in said(*bypass, f"+{loss}.rollout_correction.rollout_rs=seq_mean_k1")
     assert "not read" not in said("reward_model=null")
 
 

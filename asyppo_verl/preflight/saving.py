@@ -39,8 +39,8 @@ def check_folder(run: Run) -> None:
     if not is_on_this_machine(run.config) or trainer.save_freq <= 0:
         return
     folder = Path(value).absolute()
-    present = next(path for path in (folder, *folder.parents) if path.exists())
-    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+    present = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not os.path.isdir(present) or not os.access(present, os.W_OK | os.X_OK):
         raise ValueError(
             f"{key}={value}: {present} is a file or cannot be written, so saving would fail; name another folder"
         )

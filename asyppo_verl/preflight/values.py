@@ -70,7 +70,7 @@ MOVED = ("custom_reward_function", "reward_model", "sandbox_fusion")
 """Nodes of verl that stand below ``reward`` now, and are read there only."""
 
 CORRECTION, LOSS = "algorithm.rollout_correction", "actor_rollout_ref.actor.policy_loss"
-"""In bypass mode verl's V1 trainer reads the second's ``rollout_correction`` in place of the first."""
+"""In bypass mode verl's V1 trainer reads not the first but, with ``loss_mode=bypass_mode``, the second's rollout_correction."""
 
 SAMPLING = {
     "temperature": ("must be a number of 0 or more", lambda value: is_number(value) and 0 <= value < math.inf),
@@ -107,13 +107,15 @@ def check_ignored(run: Run) -> Iterator[str]:
         if given != default and given != run.get(instead):
             yield f"{key}={given} is not read by verl; set {instead}"
     for node in MOVED:
-        for key, value in (run.get(node) or {}).items():
-            if value != default_config()[node].get(key):
+        given, defaults = run.get(node), default_config()[node]
+        for key in given if OmegaConf.is_dict(given) else ():
+            if given[key] != defaults.get(key):
                 yield f"{node}.{key} is not read by verl any more; what replaces it stands below reward"
     bypasses = run.get(f"{CORRECTION}.bypass_mode")
     for key, default in default_config()["algorithm"]["rollout_correction"].items() if bypasses else ():
         given = run.get(f"{CORRECTION}.{key}")
-        if key != "bypass_mode" and given not in (default, run.get(f"{LOSS}.rollout_correction.{key}")):
+        is_read = run.get(f"{LOSS}.loss_mode") == "bypass_mode" and run.get(f"{LOSS}.rollout_correction.{key}") == given
+        if key != "bypass_mode" and given != default and not is_read:
             yield (
                 f"{CORRECTION}.{key}={given} is not read by verl with bypass_mode=True; set {LOSS}.loss_mode=bypass_mode and "
                 f"+{LOSS}.rollout_correction.{key}={given}"
@@ -202,11 +204,15 @@ def _check_tokens(run: Run) -> None:
     from verl.trainer.ppo import padding_utils
 
     critic, rollout = run.config.critic, run.config.actor_rollout_ref.rollout
-    # Several critics' training calls are filled up with verl's padding rows, in verl 0.9.0 of two tokens.
-    filler = getattr(padding_utils, "SYNTHETIC_PADDING_SEQ_LEN", 2) if run.asyppo.num_critics > 1 else 0
+    # verl fills up a batch that mini-batches do not divide, and we several critics' training calls, with rows of one length
+    # (in verl 0.9.0 of two tokens).
+    filler = getattr(padding_utils, "SYNTHETIC_PADDING_SEQ_LEN", 2)
+    mini_batches = critic.ppo_mini_batch_size, run.config.actor_rollout_ref.actor.ppo_mini_batch_size
+    is_filled = run.config.data.train_batch_size % math.lcm(*mini_batches) != 0
     infer = "ppo_infer_max_token_len_per_gpu"  # not in verl's node, but goes first where it has been added
     for key in ("ppo_max_token_len_per_gpu", infer if critic.get(infer) else "forward_max_token_len_per_gpu"):
-        longest = max(rollout.prompt_length + rollout.response_length, filler if key.startswith("ppo_max") else 0)
+        has_fillers = is_filled or (run.asyppo.num_critics > 1 and key == "ppo_max_token_len_per_gpu")
+        longest = max(rollout.prompt_length + rollout.response_length, filler * has_fillers)
         if not is_count(critic[key]) or critic[key] * critic.fsdp.ulysses_sequence_parallel_size < longest:
             raise ValueError(
                 f"{run.key(f'critic.{key}')}={critic[key]!r} must have room for a row of rollout.prompt_length + "

@@ -171,8 +171,10 @@ def plot_fresh(store: Store, seeds: Seeds, path: Path) -> None:
         if has_runs(store, task)
     }
     scores = {task: of_task for task, of_task in scores.items() if of_task and all(of_task.values())}
+    if not scores:
+        return
     figure, axis = plt.subplots(figsize=(9, 3.5), layout="constrained")
-    names = [name for name in next(iter(scores.values()), {}) if name != "grpo"]
+    names = [name for name in next(iter(scores.values())) if name != "grpo"]
     for index, name in enumerate(names):
         found = [interval(differences(of_task[name], of_task["grpo"]) or []) for of_task in scores.values()]
         means, halves = zip(*found, strict=True)
