@@ -103,8 +103,8 @@ def ensemble_worker_class(
         split: the ranks are dealt to the critics in equal runs, instead of every critic spanning all of them.
         compiles: the critics' layers are compiled.
     """
-    own = {"workers": tuple(workers), "head_seed": head_seed, "compiles": compiles}
-    own |= {"subgroups": len(workers) if split else 1}
+    subgroups = len(workers) if split else 1
+    own = {"workers": tuple(workers), "head_seed": head_seed, "subgroups": subgroups, "compiles": compiles}
     return type("MiniCriticEnsembleWorker", (MiniCriticEnsembleWorker,), own)
 
 

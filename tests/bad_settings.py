@@ -143,9 +143,11 @@ SETTINGS = [
         ["critic.ppo_max_token_len_per_gpu=100", "verl's padding rows", "raise it to 128"],
     ),
     (
-        "critic=megatron_critic",
-        ["critic._target_='verl.workers.config.McoreCriticConfig'", "take critic=dp_critic, without"],
+        "data.max_prompt_length=16 data.max_response_length=16 data.train_batch_size=12 critic.ppo_max_token_len_per_gpu=200 "
+        "critic.forward_max_token_len_per_gpu=64",
+        ["critic.forward_max_token_len_per_gpu=64", "verl's padding rows", "raise it to 128"],
     ),
+    ("actor_rollout_ref.rollout.response_length=null", ["rollout.response_length=None", "whole number"]),
     ("critic.ppo_mini_batch_size=7 trainer.n_gpus_per_node=8", ["critic.ppo_mini_batch_size=7", "multiple of 8"]),
     # what goes together with AsyPPO
     ("trainer.use_v1=False", ["trainer.use_v1=False", "V1 trainer"]),
@@ -153,11 +155,9 @@ SETTINGS = [
     ("trainer.v1.trainer_mode=null", ["trainer.v1.trainer_mode='None'", "sync"]),
     ("critic.enable=False", ["critic.enable=False", "use grpo"]),
     (
-        "data.max_prompt_length=16 data.max_response_length=16 data.train_batch_size=12 critic.ppo_max_token_len_per_gpu=200 "
-        "critic.forward_max_token_len_per_gpu=64",
-        ["critic.forward_max_token_len_per_gpu=64", "verl's padding rows", "raise it to 128"],
+        "critic=megatron_critic",
+        ["critic._target_='verl.workers.config.McoreCriticConfig'", "take critic=dp_critic, without"],
     ),
-    ("actor_rollout_ref.rollout.response_length=null", ["rollout.response_length=None", "whole number"]),
     ("critic.strategy=megatron", ["critic.strategy='megatron'", "fsdp2"]),
     ("critic.strategy=null", ["critic.strategy=None", "fsdp2"]),
     ("distillation.enabled=True", ["distillation.enabled=True", "set it to False"]),

@@ -71,10 +71,10 @@ def check_vocabulary(run: Run) -> Iterator[str]:
     # A tokenizer from elsewhere says nothing about the weights.
     known = _vocabulary(critic.tokenizer, critic.local_path) if critic.tokenizer_path == critic.path else None
     if ids is not None and known is not None:
+        moved = [token for token in ids.keys() & known.keys() if ids[token] != known[token]]
         new = ids.keys() - known.keys()
-        if any(known.get(token, ids[token]) != ids[token] for token in ids) or {ids[token] for token in new} & {
-            *known.values()
-        }:
+        taken = {ids[token] for token in new} & {*known.values()}
+        if moved or taken:
             raise ValueError(
                 f"{names} have tokenizers with different vocabularies; take actor and critics from one model family"
             )

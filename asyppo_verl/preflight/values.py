@@ -106,26 +106,37 @@ def check_ignored(run: Run) -> Iterator[str]:
         given, default = run.get(key), default_config()["critic"][key.removeprefix("critic.")]
         if given != default and given != run.get(instead):
             yield f"{key}={given} is not read by verl; set {instead}"
-    for node in MOVED:
-        given, defaults = run.get(node), default_config()[node]
-        for key in given if OmegaConf.is_dict(given) else ():
-            if given[key] != defaults.get(key):
-                yield f"{node}.{key} is not read by verl any more; what replaces it stands below reward"
-    bypasses = run.get(f"{CORRECTION}.bypass_mode")
-    for key, default in default_config()["algorithm"]["rollout_correction"].items() if bypasses else ():
-        given = run.get(f"{CORRECTION}.{key}")
-        is_read = run.get(f"{LOSS}.loss_mode") == "bypass_mode" and run.get(f"{LOSS}.rollout_correction.{key}") == given
-        if key != "bypass_mode" and given != default and not is_read:
-            yield (
-                f"{CORRECTION}.{key}={given} is not read by verl with bypass_mode=True; set {LOSS}.loss_mode=bypass_mode and "
-                f"+{LOSS}.rollout_correction.{key}={given}"
-            )
+    yield from _moved(run)
+    if run.get(f"{CORRECTION}.bypass_mode"):
+        yield from _bypassed(run)
     lam, asyppo = run.config.algorithm.lam, run.asyppo
     if asyppo.num_critics == 1 and asyppo.critic_lam != lam:
         yield (
             f"asyppo.num_critics=1 with asyppo.critic_lam={asyppo.critic_lam} is not verl's PPO, whose critic learns with "
             f"algorithm.lam={lam}; for that set +asyppo.critic_lam={lam}"
         )
+
+
+def _moved(run: Run) -> Iterator[str]:
+    """What is set below nodes that verl has moved."""
+    for node in MOVED:
+        given, defaults = run.get(node), default_config()[node]
+        for key in given if OmegaConf.is_dict(given) else ():
+            if given[key] != defaults.get(key):
+                yield f"{node}.{key} is not read by verl any more; what replaces it stands below reward"
+
+
+def _bypassed(run: Run) -> Iterator[str]:
+    """What is set for the rollout's correction, and not where the loss of bypass mode reads it."""
+    has_loss = run.get(f"{LOSS}.loss_mode") == "bypass_mode"
+    for key, default in default_config()["algorithm"]["rollout_correction"].items():
+        given = run.get(f"{CORRECTION}.{key}")
+        is_read = has_loss and run.get(f"{LOSS}.rollout_correction.{key}") == given
+        if key != "bypass_mode" and given != default and not is_read:
+            yield (
+                f"{CORRECTION}.{key}={given} is not read by verl with bypass_mode=True; set {LOSS}.loss_mode=bypass_mode and "
+                f"+{LOSS}.rollout_correction.{key}={given}"
+            )
 
 
 def _misfits(given: Mapping, defaults: Mapping, prefix: str) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ Two problems are the same if their words and numbers agree, notation aside, or n
 6-grams of the shorter one occur in the other, and four fifths of their numbers agree; or if nearly all of these do, as
 with a number or a source in front. One long common n-gram, the usual test for prose, fails on mathematics both ways: stock
 phrases such as "where m and n are relatively prime positive integers, find m + n" are longer than 13 words, and the same
-sentence with other numbers is another problem. The counts are exact; an index of the runs of some 1,500 evaluation problems
+sentence with other numbers is another problem. The counts are exact; an index of the 6-grams of some 1,500 evaluation problems
 is small, and MinHash would only approximate it.
 """
 

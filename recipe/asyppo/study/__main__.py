@@ -87,8 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/study"), help="where report writes")
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
-    main, tuning, fresh = options.seeds, options.tuning_seeds, options.fresh_seeds
-    seeds = Seeds(tuple(range(main)), tuple(range(100, 100 + tuning)), tuple(range(200, 200 + fresh)))
+    counts = {0: options.seeds, 100: options.tuning_seeds, 200: options.fresh_seeds}
+    seeds = Seeds(*(tuple(range(first, first + count)) for first, count in counts.items()))
     store = Store(options.folder, steps=options.steps)
     stack = options.stack or (4 if options.device == "cpu" else 192)
     torch.set_default_device(options.device)

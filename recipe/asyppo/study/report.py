@@ -111,10 +111,8 @@ def ablation(store: Store, task: str, seeds: Seeds, name: str) -> tuple[str | No
 
 def fresh(store: Store, task: str, seeds: Seeds) -> dict[str, list[TaskRun]]:
     """What is run again on fresh tables, GRPO first; nothing before the learning rates are known."""
-    tuned = [run for algorithm in rows.TO_CONFIRM if (run := rows.best(store, task, algorithm, seeds))]
-    if len(tuned) < len(rows.TO_CONFIRM):
-        return {}
-    return {name: on_fresh_tables(task, [run], seeds) for name, run in rows.confirmation(*tuned).items()}
+    variants = rows.confirmation(store, task, seeds)
+    return {name: on_fresh_tables(task, [run], seeds) for name, run in variants.items()}
 
 
 def variants_table(store: Store, name: str, variants: Mapping[str, Sequence[TaskRun]]) -> tuple[str | None, str]:

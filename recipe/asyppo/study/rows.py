@@ -152,8 +152,14 @@ def ablations(run: Run) -> dict[str, dict[str, Run]]:
 ABLATIONS = tuple(ablations(ALGORITHMS["asyppo"]))
 
 
-def confirmation(grpo: Run, small: Run, run: Run) -> dict[str, Run]:
-    """What is run again on fresh tables: tuned GRPO, one small critic and AsyPPO, and what the study made of the last."""
+def confirmation(store: Store, task: str, seeds: Seeds) -> dict[str, Run]:
+    """What is run again on fresh tables: tuned GRPO, one small critic and AsyPPO, and what the study made of the last.
+
+    Nothing before the learning rates are known.
+    """
+    grpo, small, run = (best(store, task, algorithm, seeds) for algorithm in TO_CONFIRM)
+    if not (grpo and small and run):
+        return {}
     bare = replace(run, adv_mask_fraction=0.0, entropy_filter_fraction=0.0)
     return {
         "grpo": grpo,
@@ -181,7 +187,7 @@ def runs_of(row: str, store: Store, seeds: Seeds) -> list[TaskRun]:
     if len(tuned) < len(algorithms):
         return grids
     if name == "fresh":
-        return grids + on_fresh_tables(task, confirmation(*tuned).values(), seeds)
+        return grids + on_fresh_tables(task, confirmation(store, task, seeds).values(), seeds)
     if name in ABLATIONS:
         tuned = list(ablations(tuned[0])[name].values())
     return grids + with_seeds(task, tuned, seeds.main)
